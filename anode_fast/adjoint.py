@@ -1,0 +1,618 @@
+"""Gradients of a solve without a graph through it: discrete and continuous. The solver is an argument.
+
+*Discrete* is the exact gradient of the computed solution: the accepted steps are made again one by one
+from the last to the first, each differentiated by itself, so memory holds the states at the steps and
+the graph of one step. Step sizes are constants of it, as in Hairer's and everyone's practice.
+
+*Continuous* integrates the adjoint ODE backwards (Chen et al., Neural Ordinary Differential Equations,
+2018, algorithm 1; Pontryagin). It keeps the states at the output times only, and is the gradient of the
+true solution up to the tolerance of both solves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm
+from anode_fast.stats import SolveStats
+from anode_fast.vector_field import VectorField
+
+MOST_DIRECT_OUTPUTS = 3
+"""Output times inside one forward step up to which the backward solve stops at each of them."""
+
+
+class Solver(Protocol):
+    """`reference.solve` as this module needs it."""
+
+    def __call__(
+        self,
+        problem: Problem,
+        stats: SolveStats,
+        *,
+        f0: Tensor | None = None,
+        watch: Callable[[Any], None] | None = None,
+    ) -> Tensor: ...
+
+
+# --- which tensors a field's value depends on -------------------------------------------------------
+
+
+def gradient_sources(func: Callable[..., Any], f0: Tensor) -> list[Tensor]:
+    """Tensors that require grad and that the field depends on.
+
+    A module's parameters and tensor attributes, what a function closes over, and every leaf that the
+    graph of `f0`, the field's value under grad, leads to.
+    """
+    known = [x for x in _held_tensors(func) if x.requires_grad]
+    sources = list({id(x): x for x in known}.values())
+    seen = {id(x) for x in sources}
+    sources += [leaf for leaf in _leaves(f0, sources) if id(leaf) not in seen]
+    return sources
+
+
+def _held_tensors(func: Callable[..., Any]) -> Iterator[Tensor]:
+    if isinstance(func, nn.Module):
+        yield from func.parameters()
+        for module in func.modules():
+            # A DataParallel replica holds its parameters as plain attributes.
+            yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+    elif isinstance(func, functools.partial):
+        yield from _held_tensors(func.func)
+        yield from (x for x in (*func.args, *func.keywords.values()) if isinstance(x, Tensor))
+    else:
+        owner = getattr(func, "__self__", None)
+        if isinstance(owner, nn.Module):
+            yield from _held_tensors(owner)
+        for cell in getattr(func, "__closure__", None) or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # a variable that has no value yet
+                continue
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _leaves(value: Tensor, stop: Sequence[Tensor]) -> list[Tensor]:
+    stops = {x.grad_fn for x in stop if x.grad_fn is not None}
+    found, seen, todo = [], set(stops), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.append(leaf)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+@contextmanager
+def frozen_buffers(func: Callable[..., Any]) -> Iterator[None]:
+    """Evaluations inside leave a module's buffers (BatchNorm statistics) as they were."""
+    held = list(func.buffers()) if isinstance(func, nn.Module) and func.training else []
+    copies = [buffer.clone() for buffer in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, copy in zip(held, copies, strict=True):
+                buffer.copy_(copy)
+
+
+# --- what both gradients share ----------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """One solve whose gradient is wanted.
+
+    Attributes:
+        problem: The problem; its y0 and shifts are inputs of the gradient.
+        solve: The solver.
+        stats: Gets the counts of the backward pass too.
+        f0: The derivative at the start, detached, if it is known.
+        params: The tensors besides y0 and t that want a gradient.
+        event_times: For a solve that an event ended, its time (solver time), put there by the solver.
+    """
+
+    problem: Problem
+    solve: Solver
+    stats: SolveStats
+    f0: Tensor | None
+    params: list[Tensor]
+    event_times: list[float] = field(default_factory=list)
+
+    def times(self) -> list[float]:
+        """Times at which the solution was returned."""
+        if not self.event_times:
+            return self.problem.times
+        return [self.problem.times[0], self.event_times[-1]]
+
+    def inputs(self) -> tuple[Tensor, Tensor | None]:
+        """y0, and the zero-valued tensor [times] through which the gradient flows to t."""
+        shifts = self.problem.shifts
+        return self.problem.y0, None if shifts is None else torch.stack(shifts)
+
+    def plain(self, y0: Tensor, shift: Tensor | None) -> Problem:
+        """The problem with these tensors in the place of its inputs."""
+        shifts = None if shift is None else list(shift.unbind())
+        return replace(self.problem, y0=y0, shifts=shifts)
+
+    def differentiable_gradient(
+        self, grad: Tensor, y0: Tensor, shift: Tensor | None, params: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradient by autograd through the solver, itself differentiable (second derivatives)."""
+        with torch.enable_grad():
+            solution = self.solve(self.plain(y0, shift), SolveStats())
+            return _grad([solution], [y0, shift, *params], [grad], create_graph=True)
+
+
+def _grad(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Vector-Jacobian product; None where nothing flows or nothing is asked."""
+    pairs = [
+        (out, cotangent)
+        for out, cotangent in zip(outputs, cotangents, strict=True)
+        if out is not None and cotangent is not None and out.requires_grad
+    ]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    # The field may use a graph that is older than this step (an encoder's output): keep it.
+    grads = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            wanted,
+            [cotangent for _, cotangent in pairs],
+            allow_unused=True,
+            retain_graph=True,
+            create_graph=create_graph,
+        )
+    )
+    return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+# --- discrete ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoint:
+    """The start of an accepted step, and how to make it again."""
+
+    recipe: Callable[..., Any]
+    interval: Any
+    y0: Tensor
+    f0: Tensor | None
+
+
+@dataclass
+class DiscreteCall(Call):
+    """A call with the discrete gradient.
+
+    Attributes:
+        keep_steps: Whether the steps' states stay in memory until the backward pass; if not, it solves
+            once more to get them.
+    """
+
+    keep_steps: bool = True
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    shifts: list[Tensor] | None = None
+
+    def trace(self, y0: Tensor, shift: Tensor | None, f0: Tensor | None) -> Tensor:
+        """Solves and fills `checkpoints`."""
+        self.checkpoints = []
+
+        def watch(step: Any) -> None:
+            self.checkpoints.append(Checkpoint(step.recipe, step.interval, step.y0, step.f0))
+
+        problem = self.plain(y0, shift)
+        self.shifts = problem.shifts
+        return self.solve(problem, self.stats, f0=f0, watch=watch)
+
+
+class _Discrete(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: DiscreteCall, y0: Tensor, shift: Tensor | None, *params: Tensor
+    ) -> Tensor:
+        detached = None if shift is None else shift.detach()
+        solution = call.trace(y0.detach(), detached, call.f0)
+        if not call.keep_steps:
+            call.checkpoints = []
+        ctx.call = call
+        ctx.save_for_backward(y0, shift, *params)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        call: DiscreteCall = ctx.call
+        y0, shift, *params = ctx.saved_tensors
+        with frozen_buffers(call.problem.original):
+            if torch.is_grad_enabled():
+                return None, *call.differentiable_gradient(grad, y0, shift, params)
+            return None, *_discrete_gradient(call, grad, y0, shift, params)
+
+
+def _discrete_gradient(
+    call: DiscreteCall, grad: Tensor, y0: Tensor, shift: Tensor | None, params: Sequence[Tensor]
+) -> list[Tensor | None]:
+    vector_field, times = call.problem.field, call.times()
+    evaluations = vector_field.nfe
+    if not call.keep_steps:
+        # The counts of the forward solve stand; only the evaluations are new.
+        stats, call.stats = call.stats, SolveStats()
+        call.trace(y0.detach(), None if shift is None else shift.detach(), None)
+        call.stats = stats
+    leaves = [x.detach().requires_grad_() for x in call.shifts] if call.shifts else []
+    by_id = {id(x): leaf for x, leaf in zip(call.shifts or [], leaves, strict=True)}
+    shifts: list[Tensor | None] = list(leaves) if leaves else [None] * len(times)
+    totals: list[Tensor | None] = [None] * (len(leaves) + len(params))
+    sources = [*leaves, *params]
+    adj_y: Tensor | None = None
+    adj_f: Tensor | None = None
+    output = len(times) - 1
+    for point in reversed(call.checkpoints):
+        last = output
+        while output > 0 and times[output] > point.interval.t0:
+            output -= 1
+        inside = slice(output + 1, last + 1)
+        with torch.enable_grad():
+            y = point.y0.detach().requires_grad_()
+            f = None if point.f0 is None else point.f0.detach().requires_grad_()
+            interval = replace(
+                point.interval,
+                shift0=by_id.get(id(point.interval.shift0)),
+                shift1=by_id.get(id(point.interval.shift1)),
+            )
+            step = point.recipe(interval, y, f)
+            block = None
+            if last > output:
+                block = step.interpolate(times[inside], shifts[inside])
+            adj_y, adj_f, *parts = _grad(
+                [block, step.y1, step.f1], [y, f, *sources], [grad[inside], adj_y, adj_f]
+            )
+        totals = [_plus(total, part) for total, part in zip(totals, parts, strict=True)]
+    if adj_f is not None:
+        with torch.enable_grad():
+            y = y0.detach().requires_grad_()
+            start = vector_field(times[0], y, shifts[0])
+            part_y, *parts = _grad([start], [y, *sources], [adj_f])
+        adj_y = _plus(adj_y, part_y)
+        totals = [_plus(total, part) for total, part in zip(totals, parts, strict=True)]
+    adj_y = _plus(adj_y, grad[0])
+    call.stats.nfe_backward = vector_field.nfe - evaluations
+    adj_shift = None
+    if leaves:
+        zero = torch.zeros_like(leaves[0])
+        adj_shift = torch.stack([zero if x is None else x for x in totals[: len(leaves)]])
+    return [adj_y, adj_shift, *totals[len(leaves) :]]
+
+
+def discrete(call: DiscreteCall) -> Tensor:
+    """Solves; the result's backward pass makes the steps again. [times, *state]."""
+    y0, shift = call.inputs()
+    solution: Tensor = _Discrete.apply(call, y0, shift, *call.params)  # type: ignore[no-untyped-call]
+    return solution
+
+
+# --- continuous -------------------------------------------------------------------------------------
+
+
+@dataclass
+class AdjointOptions:
+    """How the adjoint ODE is solved: torchdiffeq's adjoint_* arguments, resolved."""
+
+    rtol: Any
+    atol: Any
+    method: str
+    options: Mapping[str, Any]
+
+
+@dataclass
+class Spread:
+    """A forward step with many output times inside.
+
+    The backward solve does not stop at them: their gradients go through the quartic interpolant to its
+    five data, which lie at the step's ends and middle.
+    """
+
+    t0: float
+    t1: float
+    states: Tensor
+    outputs: slice
+
+
+@dataclass
+class ContinuousCall(Call):
+    """A call with the continuous gradient."""
+
+    adjoint: AdjointOptions | None = None
+    spreads: list[Spread] = field(default_factory=list)
+
+    def trace(self, y0: Tensor) -> Tensor:
+        """Solves, and notes the steps with many output times inside."""
+        self.spreads = []
+        times, done = self.problem.times, 1
+
+        def watch(step: Any) -> None:
+            nonlocal done
+            first = done
+            t0, t1 = step.interval.t0, step.interval.t1
+            while done < len(times) and times[done] <= t1:
+                done += 1
+            if done - first > MOST_DIRECT_OUTPUTS:
+                middle = step.interpolate([(t0 + t1) / 2], [None])[0]
+                states = torch.stack([step.y0, middle, step.y1])
+                self.spreads.append(Spread(t0, t1, states, slice(first, done)))
+
+        problem = self.problem
+        adaptive = problem.family == FAMILIES[self.resolved().method] == ADAPTIVE
+        may_spread = adaptive and problem.shifts is None and problem.event_fn is None
+        return self.solve(
+            self.plain(y0, None), self.stats, f0=self.f0, watch=watch if may_spread else None
+        )
+
+    def resolved(self) -> AdjointOptions:
+        """The adjoint's options."""
+        if self.adjoint is None:
+            raise TypeError("a ContinuousCall needs its adjoint options")
+        return self.adjoint
+
+
+class _Continuous(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: ContinuousCall, y0: Tensor, shift: Tensor | None, *params: Tensor
+    ) -> Tensor:
+        solution = call.trace(y0.detach())
+        ctx.call = call
+        ctx.save_for_backward(y0, shift, solution, *params)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        call: ContinuousCall = ctx.call
+        y0, shift, solution, *params = ctx.saved_tensors
+        with frozen_buffers(call.problem.original):
+            if torch.is_grad_enabled():
+                return None, *call.differentiable_gradient(grad, y0, shift, params)
+            return None, *_continuous_gradient(call, grad, solution, shift, params)
+
+
+def continuous(call: ContinuousCall) -> Tensor:
+    """Solves; the result's backward pass integrates the adjoint ODE. [times, *state]."""
+    y0, shift = call.inputs()
+    solution: Tensor = _Continuous.apply(call, y0, shift, *call.params)  # type: ignore[no-untyped-call]
+    return solution
+
+
+class _AugmentedField:
+    """The adjoint ODE of (t's gradient, y, a, parameters' gradients), in solver time.
+
+    a' = -a df/dy, and likewise the gradients with respect to t and the parameters. The one with respect
+    to t is integrated even if nobody asks for it, because torchdiffeq does: its error takes part in the
+    choice of steps.
+    """
+
+    def __init__(self, vector_field: VectorField, params: Sequence[Tensor], original: Any) -> None:
+        self.field = vector_field
+        self.params = params
+        for name in ("step", "accept_step", "reject_step"):
+            call = getattr(original, f"callback_{name}_adjoint", None)
+            if call is not None:
+                setattr(self, f"callback_{name}", self._in_user_time(call))
+
+    def _in_user_time(self, call: Callable[..., None]) -> Callable[..., None]:
+        def callback(t: Tensor, state: tuple[Tensor, ...], dt: Tensor) -> None:
+            call(-t if self.field.backwards else t, state, dt)
+
+        return callback
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        _, y, adj_y, *adj_params = state
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            t = t.detach().requires_grad_()
+            value = self.field(t, y)
+            grads = _grad([value], [t, y, *self.params], [-adj_y])
+        parts = [
+            torch.zeros_like(like) if part is None else part
+            for part, like in zip(grads, [t, y, *adj_params], strict=True)
+        ]
+        return (parts[0], value.detach(), *parts[1:])
+
+
+def _adjoint_norm(
+    options: dict[str, Any], problem: Problem
+) -> Callable[[tuple[Tensor, ...]], Tensor | float]:
+    """The norm of the augmented state: torchdiffeq's default, its seminorm, or the user's own."""
+    user = options.pop("norm", None)
+
+    def default(parts: tuple[Tensor, ...], with_params: bool = True) -> Tensor | float:
+        t, y, adj_y, *adj_params = parts
+        norms = [t.abs(), problem.norm(y), problem.norm(adj_y)]
+        return max([*norms, mixed_norm(adj_params)] if with_params else norms)
+
+    if user is None:
+        return default
+    if user == "seminorm":
+        # Kidger, Chen, Lyons, Hey, that's not an ODE: faster ODE adjoints via seminorms, 2021.
+        return functools.partial(default, with_params=False)
+    if problem.layout is None:
+        return user  # type: ignore[no-any-return]
+    unpack = problem.layout.unpack
+
+    def unpacked(parts: tuple[Tensor, ...]) -> Tensor | float:
+        t, y, adj_y, *adj_params = parts
+        return user((t, *unpack(y), *unpack(adj_y), *adj_params))  # type: ignore[no-any-return]
+
+    return unpacked
+
+
+@dataclass
+class _Stop:
+    """A time at which the backward solve takes in gradients of outputs."""
+
+    t: float
+    y: Tensor
+    adj_y: Tensor
+    adj_f: Tensor | None = None
+    output: int | None = None
+
+
+def _continuous_gradient(
+    call: ContinuousCall,
+    grad: Tensor,
+    solution: Tensor,
+    shift: Tensor | None,
+    params: Sequence[Tensor],
+) -> list[Tensor | None]:
+    problem, adjoint = call.problem, call.resolved()
+    vector_field, want_time = problem.field, shift is not None
+    evaluations = vector_field.nfe
+    options = dict(adjoint.options)
+    norm = _adjoint_norm(options, problem)
+    if problem.backwards:  # the backward solve runs in solver time
+        for name in {"step_t", "jump_t"} & set(options):
+            options[name] = [-time for time in torch.as_tensor(options[name]).tolist()]
+    augmented = _AugmentedField(vector_field, params, problem.original)
+    stops = _stops(call, grad, solution)
+    y = stops[0].y
+    real = y.real if y.is_complex() else y
+    state: list[Tensor] = [
+        torch.zeros((), dtype=real.dtype, device=y.device),
+        y,
+        torch.zeros_like(y),
+        *(torch.zeros_like(param) for param in params),
+    ]
+    adj_times: list[Tensor | None] = [None] * len(call.times())
+    suggested: float | None = None
+    for i, stop in enumerate(stops):
+        state[1] = stop.y
+        state[2] = state[2] + stop.adj_y
+        if stop.adj_f is not None:
+            _add_through_field(vector_field, stop, state, params)
+        if want_time and stop.output:
+            with torch.no_grad():
+                slope = vector_field(stop.t, stop.y)
+            adj_times[stop.output] = moved = torch.real((slope.conj() * stop.adj_y).sum())
+            state[0] = state[0] - moved
+        if i + 1 == len(stops):
+            break
+        end = stops[i + 1].t
+        state, suggested = _solve_back(
+            call, augmented, state, (stop.t, end), options, norm, suggested, i + 2 == len(stops)
+        )
+    adj_shift = None
+    if want_time:
+        adj_times[0] = state[0]
+        adj_shift = torch.stack([state[0] * 0 if x is None else x for x in adj_times])
+        if call.event_times:
+            adj_shift[1:] = 0  # the event's time is its own; odeint_event links its gradient
+    call.stats.nfe_backward = vector_field.nfe - evaluations
+    return [state[2], adj_shift, *state[3:]]
+
+
+def _stops(call: ContinuousCall, grad: Tensor, solution: Tensor) -> list[_Stop]:
+    """Where the backward solve stops, from the last time to the first."""
+    times = call.times()
+    spread = {i for s in call.spreads for i in range(*s.outputs.indices(len(times)))}
+    stops: dict[float, _Stop] = {}
+
+    def add(t: float, y: Tensor, adj_y: Tensor, adj_f: Tensor | None, output: int | None) -> None:
+        stop = stops.setdefault(t, _Stop(t, y, torch.zeros_like(y), None, output))
+        stop.adj_y = stop.adj_y + adj_y
+        stop.adj_f = _plus(stop.adj_f, adj_f)
+
+    for i, t in enumerate(times):
+        if i not in spread:
+            add(t, solution[i], grad[i], None, i)
+    for s in call.spreads:
+        g, dt = grad[s.outputs], s.t1 - s.t0
+        x = torch.tensor([(t - s.t0) / dt for t in times[s.outputs]], dtype=torch.float64)
+        powers = torch.stack([x**0, x, x**2, x**3, x**4])
+        weights = torch.tensor(_QUARTIC, dtype=torch.float64) @ powers
+        weights = weights.to(device=g.device, dtype=g.dtype)
+        y0, middle, y1, f0, f1 = torch.tensordot(weights, g, dims=1).unbind()
+        add(s.t0, s.states[0], y0, f0 * dt, None)
+        add((s.t0 + s.t1) / 2, s.states[1], middle, None, None)
+        add(s.t1, s.states[2], y1, f1 * dt, None)
+    return sorted(stops.values(), key=lambda stop: -stop.t)
+
+
+_QUARTIC = (
+    (1.0, 0.0, -11.0, 18.0, -8.0),
+    (0.0, 0.0, 16.0, -32.0, 16.0),
+    (0.0, 0.0, -5.0, 14.0, -8.0),
+    (0.0, 1.0, -4.0, 5.0, -2.0),
+    (0.0, 0.0, 1.0, -3.0, 2.0),
+)
+"""Quartic interpolation: weights of y0, y(1/2), y1, dt f0, dt f1 in powers 0 to 4 of x."""
+
+
+def _add_through_field(
+    vector_field: VectorField, stop: _Stop, state: list[Tensor], params: Sequence[Tensor]
+) -> None:
+    """Adds the gradient that reaches y and the parameters through f(t, y) at a stop."""
+    with torch.enable_grad():
+        y = stop.y.detach().requires_grad_()
+        grads = _grad([vector_field(stop.t, y)], [y, *params], [stop.adj_f])
+    for i, part in enumerate(grads):
+        if part is not None:
+            state[2 + i] = state[2 + i] + part
+
+
+def _solve_back(
+    call: ContinuousCall,
+    augmented: _AugmentedField,
+    state: list[Tensor],
+    interval: tuple[float, float],
+    options: Mapping[str, Any],
+    norm: Callable[[tuple[Tensor, ...]], Tensor | float],
+    suggested: float | None,
+    is_last: bool,
+) -> tuple[list[Tensor], float | None]:
+    """The augmented state at the interval's other end, and the step to go on with."""
+    adjoint = call.resolved()
+    start, end = interval
+    t = torch.tensor([start, end], dtype=torch.float64)
+    backward = make_problem(
+        augmented,
+        tuple(state),
+        t,
+        rtol=adjoint.rtol,
+        atol=adjoint.atol,
+        method=adjoint.method,
+        options={**options, "norm": norm},
+        warn=False,
+    )
+    backward.field.noise = call.problem.field.noise
+    if backward.family == ADAPTIVE:
+        # One solve in pieces: it goes on with the step it has, and ends exactly on each stop.
+        if suggested is not None:
+            backward.options["first_step"] = suggested
+        if not is_last:
+            backward.options["step_t"] = sorted({*backward.options.get("step_t", ()), -end})
+    with torch.no_grad():
+        solution = call.solve(backward, SolveStats())
+    parts = backward.restore(solution)
+    return [part[1] for part in parts], backward.suggested_step
+

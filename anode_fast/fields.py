@@ -1,0 +1,251 @@
+"""The vector fields of the paper as modules: `MLPField`, `ConvField`.
+
+Neither builds the input [t, y] that its weights describe. Time is the same at every pixel, so its
+share of an affine layer is known without reading the state: it goes into the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anode_fast.errors import InvalidArgument, InvalidType
+from anode_fast.spec import ConvSpec, MLPSpec, check_activation, size
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "elu": F.elu,
+    "identity": lambda x: x,
+}
+
+
+class MLPField(nn.Module):
+    """Perceptron f(t, y) (Dupont, Doucet, Teh, Augmented Neural ODEs, 2019, appendix E).
+
+    Args:
+        dim: Width of the state, data and augmented.
+        hidden_dim: Width of every hidden layer.
+        num_hidden: Number of hidden layers, at least 1.
+        activation: relu, softplus, tanh, sigmoid, silu, gelu, elu or identity.
+        time_dependent: Whether t is an input. It is the first one: the first layer's weight is
+            [hidden_dim, 1 + dim], for the input [t, y].
+
+    Attributes:
+        nfe: Evaluations so far. Set it to 0 to count anew.
+        layers: The nn.Linear layers. `forward` reads their weights and does not call them:
+            parametrizations work, forward hooks on them do not run.
+
+    Raises:
+        InvalidArgument, InvalidType: A width or number below 1, an unknown activation.
+    """
+
+    nfe: int
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        num_hidden: int = 2,
+        activation: str = "relu",
+        time_dependent: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dim = size("MLPField", "dim", dim)
+        self.hidden_dim = size("MLPField", "hidden_dim", hidden_dim)
+        self.num_hidden = size("MLPField", "num_hidden", num_hidden)
+        check_activation("MLPField", activation)
+        self.activation = activation
+        self.time_dependent = bool(time_dependent)
+        self.nfe = 0
+        widths = [self.dim + self.time_dependent, *[self.hidden_dim] * self.num_hidden, self.dim]
+        self.layers = nn.ModuleList(
+            nn.Linear(n, m) for n, m in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt.
+
+        Args:
+            t: Time, 0-d, or one per row, [batch, 1]; in y's dtype.
+            y: State, [batch, dim] or [dim], in the weights' dtype.
+
+        Returns:
+            Like y.
+
+        Raises:
+            InvalidArgument, InvalidType: Shapes or dtypes that do not fit.
+        """
+        # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
+        self.__dict__["nfe"] += 1
+        act = _FUNCTIONS[self.activation]
+        first, *others = cast("list[nn.Linear]", self.layers)
+        weight = first.weight
+        if y.shape[-1:] != (self.dim,) or y.dim() > 2:
+            _refuse_state("MLPField", y, f"(batch, {self.dim}) or ({self.dim},)")
+        _check_dtype("MLPField", y, weight)
+        if self.time_dependent:
+            _check_time("MLPField", t, y)
+            # One split, not two slices: its backward pass is one operation.
+            w_time, w_state = weight.t().split_with_sizes((1, self.dim))
+            bias = torch.addcmul(first.bias, t, w_time)
+            if y.dim() == 2:
+                h = torch.addmm(bias, y, w_state)
+            else:
+                h = y @ w_state + bias[0]
+        else:
+            h = F.linear(y, weight, first.bias)
+        for layer in others:
+            h = F.linear(act(h), layer.weight, layer.bias)
+        return h
+
+    def spec(self) -> MLPSpec:
+        """The field as plain data."""
+        hidden = (self.hidden_dim,) * self.num_hidden
+        return MLPSpec(self.dim, hidden, self.activation, self.time_dependent)
+
+    def extra_repr(self) -> str:
+        """For `repr`."""
+        return f"activation={self.activation!r}, time_dependent={self.time_dependent}"
+
+
+class ConvField(nn.Module):
+    """Convolutions 1x1, 3x3, 1x1 as f(t, y) on images (Dupont, Doucet, Teh, 2019, appendix E).
+
+    Args:
+        channels: Of the state, data and augmented.
+        num_filters: Channels between the convolutions.
+        activation: relu, softplus, tanh, sigmoid, silu, gelu, elu or identity.
+        time_dependent: Whether t, as an image, is the first input channel of every convolution:
+            weights are [out, 1 + in, k, k]. Zero padding applies to it as to any channel.
+
+    Attributes:
+        nfe: Evaluations so far. Set it to 0 to count anew.
+        conv1, conv2, conv3: The nn.Conv2d layers. `forward` reads their weights and does not call
+            them: parametrizations work, forward hooks on them do not run.
+
+    Raises:
+        InvalidArgument, InvalidType: A size below 1, an unknown activation.
+    """
+
+    nfe: int
+
+    def __init__(
+        self,
+        channels: int,
+        num_filters: int,
+        *,
+        activation: str = "relu",
+        time_dependent: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = size("ConvField", "channels", channels)
+        self.num_filters = size("ConvField", "num_filters", num_filters)
+        check_activation("ConvField", activation)
+        self.activation = activation
+        self.time_dependent = bool(time_dependent)
+        self.nfe = 0
+        extra = int(self.time_dependent)
+        self.conv1 = nn.Conv2d(self.channels + extra, self.num_filters, 1)
+        self.conv2 = nn.Conv2d(self.num_filters + extra, self.num_filters, 3, padding=1)
+        self.conv3 = nn.Conv2d(self.num_filters + extra, self.channels, 1)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt.
+
+        Args:
+            t: Time, 0-d, or one per image, [batch, 1, 1, 1]; in y's dtype.
+            y: State, [batch, channels, height, width], in the weights' dtype.
+
+        Returns:
+            Like y.
+
+        Raises:
+            InvalidArgument, InvalidType: Shapes or dtypes that do not fit.
+        """
+        self.__dict__["nfe"] += 1  # as in MLPField
+        act = _FUNCTIONS[self.activation]
+        if y.dim() != 4 or y.shape[1] != self.channels:
+            _refuse_state("ConvField", y, f"(batch, {self.channels}, height, width)")
+        _check_dtype("ConvField", y, self.conv1.weight)
+        if not self.time_dependent:
+            h = act(F.conv2d(y, self.conv1.weight, self.conv1.bias))
+            h = act(F.conv2d(h, self.conv2.weight, self.conv2.bias, padding=1))
+            return F.conv2d(h, self.conv3.weight, self.conv3.bias)
+        _check_time("ConvField", t, y)
+        h = act(_conv1x1(self.conv1, t, y))
+        h = act(_conv3x3(self.conv2, t, h))
+        return _conv1x1(self.conv3, t, h)
+
+    def spec(self) -> ConvSpec:
+        """The field as plain data."""
+        return ConvSpec(self.channels, self.num_filters, self.activation, self.time_dependent)
+
+    def extra_repr(self) -> str:
+        """For `repr`."""
+        return f"activation={self.activation!r}, time_dependent={self.time_dependent}"
+
+
+def _split(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """The weight's part for t, [out, 1, k, k], and for the state, [out, in, k, k]."""
+    w_time, w_state = conv.weight.split_with_sizes((1, conv.in_channels - 1), 1)
+    return w_time, w_state
+
+
+def _conv1x1(conv: nn.Conv2d, t: Tensor, y: Tensor) -> Tensor:
+    """conv([t, y]) for a 1x1 convolution."""
+    w_time, w_state = _split(conv)
+    if t.dim() == 0:
+        bias = torch.addcmul(cast("Tensor", conv.bias), t, w_time.reshape(-1))
+        return F.conv2d(y, w_state, bias)
+    return F.conv2d(y, w_state, conv.bias) + t * w_time.reshape(-1, 1, 1)
+
+
+def _conv3x3(conv: nn.Conv2d, t: Tensor, y: Tensor) -> Tensor:
+    """conv([t, y]) for a 3x3 convolution with padding 1."""
+    w_time, w_state = _split(conv)
+    # The share of t = 1: at the border the sum of the taps inside the image only, [1, out, H, W].
+    share = F.conv2d(y.new_ones(1, 1, *y.shape[2:]), w_time, padding=1)
+    # In place: nothing else reads the convolution's output, and its backward pass does not need it.
+    return F.conv2d(y, w_state, conv.bias, padding=1).add_(t * share)
+
+
+def _check_time(where: str, t: Tensor, y: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise InvalidType(
+            f"{where}: t is a {type(t).__name__}, want a 0-d tensor, for example "
+            "torch.tensor(0.5). A field takes (t, y), in this order."
+        )
+    if t.dim() == 0:
+        return
+    per_row = (y.shape[0] if y.dim() > 1 else 1, *[1] * (y.dim() - 1))
+    if t.shape != per_row:
+        raise InvalidArgument(
+            f"{where}: t has shape {tuple(t.shape)}, want () or one time per row, {per_row}. "
+            "A field takes (t, y), in this order."
+        )
+
+
+def _check_dtype(where: str, y: Tensor, weight: Tensor) -> None:
+    # Autocast brings both to one dtype.
+    if y.dtype != weight.dtype and not torch.is_autocast_enabled(y.device.type):
+        raise InvalidType(
+            f"{where}: the state is {y.dtype}, but the weights are {weight.dtype}. Convert one "
+            f"of them: y.to({weight.dtype}) or field.to({y.dtype})."
+        )
+
+
+def _refuse_state(where: str, y: Tensor, wanted: str) -> NoReturn:
+    raise InvalidArgument(
+        f"{where}: the state has shape {tuple(y.shape)}, want {wanted}, data and augmented "
+        "together. AugODEBlock augments by itself: its field's size is the data's plus augment_dim."
+    )

@@ -1,0 +1,182 @@
+"""Reference solvers in pure PyTorch: any callable, every method. The oracle, and the general path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from anode_fast.errors import InvalidArgument
+from anode_fast.problem import (
+    ADAMS,
+    ADAPTIVE,
+    DEFAULT_MAX_STEPS_TO_EVENT,
+    FIXED,
+    IMPLICIT,
+    SCIPY,
+    Problem,
+)
+from anode_fast.reference.adams import AdamsRecipe
+from anode_fast.reference.dense import DenseSolution, solution_at
+from anode_fast.reference.events import solve_until_event
+from anode_fast.reference.implicit import ImplicitRecipe
+from anode_fast.reference.runge_kutta import FixedRecipe, adaptive_steps, grid_steps, solve_by_row
+from anode_fast.reference.scipy import solve_with_scipy
+from anode_fast.reference.step import OneStep, Recipe, Step
+from anode_fast.stats import SolveStats
+from anode_fast.tableau import TABLEAUS
+
+MAX_GRID_STEPS_TO_EVENT = 20_000
+"""Steps after which a fixed-step search for an event gives up (torchdiffeq's number)."""
+
+Watch = Callable[[Step], None]
+
+
+def steps(
+    problem: Problem, stats: SolveStats, f0: Tensor | None = None, *, to_event: bool = False
+) -> Iterator[Step]:
+    """The accepted steps of any method but SciPy's, until the last output time (or endlessly)."""
+    if problem.family == ADAPTIVE:
+        tableau = TABLEAUS[problem.method]
+        if to_event:
+            return adaptive_steps(
+                problem, tableau, float("inf"), stats, f0, DEFAULT_MAX_STEPS_TO_EVENT
+            )
+        return adaptive_steps(problem, tableau, problem.times[-1], stats, f0)
+    grid = problem.endless_grid() if to_event else problem.grid()
+    return grid_steps(problem, grid_recipe(problem), grid, stats, f0)
+
+
+def grid_recipe(problem: Problem) -> Recipe:
+    """How the problem's fixed-step method makes one step."""
+    options, field = problem.options, problem.field
+    linear = options.get("interp", "cubic") == "linear"
+    perturb = bool(options.get("perturb", "jump_t" in options))
+    if problem.family == FIXED:
+        return FixedRecipe(field, TABLEAUS[problem.method], linear, perturb)
+    if problem.family == IMPLICIT:
+        return ImplicitRecipe(
+            field,
+            TABLEAUS[problem.method],
+            linear,
+            perturb,
+            max_iters=options.get("max_iters", 50),
+            tolerances=(problem.rtol, problem.atol),
+        )
+    return AdamsRecipe(
+        field,
+        linear,
+        perturb,
+        implicit=options.get("implicit", problem.method != "explicit_adams"),
+        max_iters=options.get("max_iters", 4),
+        max_order=options.get("max_order", 12),
+        tolerances=(problem.rtol, problem.atol),
+    )
+
+
+def is_one_step(problem: Problem) -> bool:
+    """Whether the problem's steps can be made again one by one, as the discrete gradient does."""
+    return problem.family not in (ADAMS, SCIPY)
+
+
+def first_derivative(problem: Problem) -> Tensor:
+    """f at the first output time, exactly as the problem's method evaluates it first."""
+    side = 0
+    if problem.family != ADAPTIVE and problem.family != SCIPY:
+        side = int(bool(problem.options.get("perturb", "jump_t" in problem.options)))
+    shift = problem.shifts[0] if problem.shifts else None
+    return problem.field(problem.times[0], problem.y0, shift, side)
+
+
+def solve(
+    problem: Problem,
+    stats: SolveStats,
+    *,
+    f0: Tensor | None = None,
+    by_row: bool = False,
+    watch: Watch | None = None,
+) -> Tensor:
+    """The solution at the problem's output times, [times, *state].
+
+    Args:
+        problem: What to solve.
+        stats: Gets the counts.
+        f0: The derivative at the start, if it is known: it is not evaluated again.
+        by_row: step_control="sample": every row takes its own steps (adaptive methods).
+        watch: Called with every accepted step, for checkpoints.
+
+    Raises:
+        SolverError: The solve cannot go on.
+        InvalidArgument: `by_row` with a method that does not choose its steps, or a state without rows.
+    """
+    before = problem.field.nfe - (f0 is not None)
+    if len(problem.times) == 1:
+        solution = problem.y0.unsqueeze(0).clone()
+    elif by_row:
+        if problem.family != ADAPTIVE or problem.y0.dim() < 1 or problem.layout:
+            raise InvalidArgument(
+                f'odeint: step_control="sample" needs an adaptive method and a state [batch, ...] that '
+                f"is one tensor, got method {problem.method} and a state of shape "
+                f"{tuple(problem.y0.shape)}."
+            )
+        solution = solve_by_row(problem, TABLEAUS[problem.method], stats, f0)
+    elif problem.family == SCIPY:
+        solution = solve_with_scipy(problem)
+    else:
+        watched = _watched(steps(problem, stats, f0), watch)
+        solution = solution_at(problem.times, problem.shifts, problem.y0, watched)
+    if problem.family != ADAPTIVE and solution.device.type == "cpu":
+        _check_finite(problem, solution)
+    stats.nfe = problem.field.nfe - before
+    return solution
+
+
+def solve_event(
+    problem: Problem, stats: SolveStats, *, f0: Tensor | None = None, watch: Watch | None = None
+) -> tuple[float, Tensor]:
+    """Solver time of the problem's event, and the states at the start and there, [2, *state]."""
+    if problem.family == SCIPY or problem.event_fn is None:
+        raise InvalidArgument("odeint: method scipy_solver does not search for events")
+    before = problem.field.nfe - (f0 is not None)
+    watched = _watched(steps(problem, stats, f0, to_event=True), watch)
+    limit = MAX_GRID_STEPS_TO_EVENT
+    if problem.family == ADAPTIVE:
+        limit = int(problem.options.get("max_num_steps", DEFAULT_MAX_STEPS_TO_EVENT))
+    found = solve_until_event(problem, problem.event_fn, watched, limit)
+    stats.nfe = problem.field.nfe - before
+    return found
+
+
+def dense(problem: Problem, stats: SolveStats) -> DenseSolution:
+    """The solution between the first and the last time as a function."""
+    if problem.family == SCIPY:
+        raise InvalidArgument("odeint_dense: method scipy_solver has no dense output here")
+    t0, t1 = problem.times[0], problem.times[-1]
+    return DenseSolution(problem.y0, t0, t1, steps(problem, stats))
+
+
+def _watched(stream: Iterable[Step], watch: Watch | None) -> Iterator[Step]:
+    for step in stream:
+        if watch:
+            watch(step)
+        yield step
+
+
+def _check_finite(problem: Problem, solution: Tensor) -> None:
+    """Fixed steps judge no error, so nan shows only here. On a GPU this would be a synchronisation,
+    which fixed-step solves do not have."""
+    finite = torch.isfinite(solution.detach()).flatten(1).all(1)
+    if not finite.all():
+        raise problem.non_finite_output(int((~finite).nonzero()[0]))
+
+
+__all__ = [
+    "DenseSolution",
+    "OneStep",
+    "dense",
+    "first_derivative",
+    "is_one_step",
+    "solve",
+    "solve_event",
+]

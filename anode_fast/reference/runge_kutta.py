@@ -1,0 +1,531 @@
+"""Explicit Runge-Kutta methods: fixed steps, adaptive steps, and adaptive steps per row.
+
+Sources: Hairer, Norsett, Wanner, Solving ODEs I, 2nd ed., II.1 and II.4. The rules for steps, jumps and
+errors are torchdiffeq 0.2.5's, so that it takes the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anode_fast.controller import Controller, first_guess, initial_step
+from anode_fast.errors import (
+    MaxStepsExceeded,
+    NonDeterministicField,
+    NonFiniteState,
+    StepSizeUnderflow,
+)
+from anode_fast.problem import DEFAULT_MAX_STEPS, Norm, Problem
+from anode_fast.reference.step import GridStep, Interval, Recipe, Step, combine
+from anode_fast.stats import SolveStats
+from anode_fast.tableau import ButcherTableau
+from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
+
+MOST_NON_FINITE_ATTEMPTS = 16
+"""Attempts that gave nan or inf, none of them passed, after which the solve gives up."""
+
+REJECTIONS_BEFORE_DOUBT = 8
+"""Rejections in a row after which the field is evaluated twice to see whether it is deterministic."""
+
+
+def stages(
+    tableau: ButcherTableau,
+    field: VectorField,
+    interval: Interval,
+    y: Tensor,
+    f0: Tensor,
+    end_side: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The stage derivatives k_j of one step and the solution at its end.
+
+    A stage at the very end of the step is evaluated on `end_side` of it, in case the field jumps there.
+    """
+    h = interval.h
+    ks = [f0]
+    stage = y
+    for c, row in zip(tableau.c_float[1:], tableau.a_float[1:], strict=True):
+        stage = combine(y, ks, row, h)
+        t, shift = interval.at(c)
+        ks.append(field(t, stage, shift, end_side if c == 1 else HERE))
+    if tableau.solution_is_last_stage:
+        return stage, ks
+    return combine(y, ks, tableau.b_float, h), ks
+
+
+# --- fixed steps ----------------------------------------------------------------------------------
+
+
+@dataclass
+class FixedRecipe:
+    """One step of a fixed-step method, evaluating its first stage unless it is given."""
+
+    field: VectorField
+    tableau: ButcherTableau
+    linear: bool
+    perturb: bool
+
+    def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> GridStep:
+        k0 = f0
+        if k0 is None:
+            side = NEXT if self.perturb else HERE
+            k0 = self.field(interval.t0, y, interval.shift0, side)
+        end_side = PREV if self.perturb else HERE
+        y1, _ = stages(self.tableau, self.field, interval, y, k0, end_side)
+        return GridStep(
+            self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=k0
+        )
+
+
+def grid_steps(
+    problem: Problem,
+    recipe: Recipe,
+    grid: Iterable[tuple[float, Tensor | None]],
+    stats: SolveStats,
+    f0: Tensor | None = None,
+) -> Iterator[GridStep]:
+    """Steps from each grid point to the next. No host synchronisation."""
+    on_step = problem.callback("callback_step")
+    y = problem.y0
+    for (t0, shift0), (t1, shift1) in pairwise(grid):
+        if on_step:
+            on_step(t0, y, t1 - t0)
+        step = recipe(Interval(t0, t1, shift0, shift1), y, f0)
+        stats.accepted += 1
+        yield step
+        y, f0 = step.y1, None if step.perturb else step.f1
+
+
+# --- adaptive steps -------------------------------------------------------------------------------
+
+
+@dataclass
+class AdaptiveStep:
+    """A step of an adaptive method with the quartic interpolant of its tableau."""
+
+    tableau: ButcherTableau
+    interval: Interval
+    y0: Tensor
+    y1: Tensor
+    f0: Tensor
+    f1: Tensor
+    ks: list[Tensor]
+    recipe: Recipe
+
+    def interpolate(self, times: Sequence[float], shifts: Sequence[Tensor | None]) -> Tensor:
+        """The solution at `times`, [len(times), *state]. Many times cost one matrix product."""
+        h = self.interval.h
+        if len(times) <= 2 or isinstance(h, Tensor) or any(s is not None for s in shifts):
+            points = [
+                combine(self.y0, self.ks, self._weights(self.interval.fraction(t, s)), h)
+                for t, s in zip(times, shifts, strict=True)
+            ]
+            return torch.stack(points)
+        rows = [
+            [h * float(w) for w in self._weights(self.interval.fraction(t, None))] for t in times
+        ]
+        weights = torch.tensor(rows, dtype=self.y0.dtype, device=self.y0.device)
+        return self.y0 + torch.tensordot(weights, torch.stack(self.ks), dims=1)
+
+    def _weights(self, x: float | Tensor) -> list[float | Tensor]:
+        return [
+            x * (p + x * (q + x * (r + x * s))) for p, q, r, s in self.tableau.interpolant_float
+        ]
+
+    def error(self) -> Tensor:
+        """Estimate of the local error."""
+        return combine(None, self.ks, self.tableau.b_err_float, self.interval.h)
+
+
+@dataclass
+class AdaptiveRecipe:
+    """One attempt of an adaptive method.
+
+    As in torchdiffeq, the last stage is the next step's first, also for the two methods
+    (adaptive_heun, fehlberg2) that do not evaluate it at the solution.
+    """
+
+    field: VectorField
+    tableau: ButcherTableau
+    ends_on_jump: bool = False
+
+    def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> AdaptiveStep:
+        if f0 is None:
+            f0 = self.field(interval.t0, y, interval.shift0)
+        y1, ks = stages(self.tableau, self.field, interval, y, f0, PREV)
+        step = AdaptiveStep(self.tableau, interval, y, y1, f0, ks[-1], ks, self)
+        return self.cross(step) if self.ends_on_jump else step
+
+    def cross(self, step: AdaptiveStep) -> AdaptiveStep:
+        """The same step, its end derivative taken from the far side of the jump at its end."""
+        step.f1 = self.field(step.interval.t1, step.y1, step.interval.shift1, NEXT)
+        step.recipe = AdaptiveRecipe(self.field, self.tableau, ends_on_jump=True)
+        return step
+
+
+def scaled_error(step: AdaptiveStep, rtol: float | Tensor, atol: float | Tensor) -> Tensor:
+    """The error estimate over the tolerance atol + rtol * max(|y0|, |y1|), entry by entry."""
+    tolerance = torch.maximum(step.y0.abs(), step.y1.abs()).mul_(rtol).add_(atol)
+    return step.error().div_(tolerance)
+
+
+def choose_initial_step(
+    field: VectorField,
+    t0: float,
+    y0: Tensor,
+    f0: Tensor,
+    order: int,
+    tolerances: tuple[float | Tensor, float | Tensor],
+    norm: Norm,
+) -> float:
+    """The first step to try; one evaluation of the field. Source: see `controller.first_guess`."""
+    rtol, atol = tolerances
+    scale = y0.abs().mul_(rtol).add_(atol)
+    d1 = float(norm(f0 / scale))
+    h0 = first_guess(float(norm(y0 / scale)), d1)
+    f1 = field(t0 + h0, torch.add(y0, f0, alpha=h0))
+    d2 = float(norm((f1 - f0) / scale)) / h0
+    return initial_step(h0, d1, d2, order)
+
+
+class Marks:
+    """Times on which steps must end (`step_t`, `jump_t`), in increasing solver time."""
+
+    def __init__(self, times: Sequence[float]) -> None:
+        self._times = times
+        self._next = 0
+
+    def before(self, t0: float, t1: float) -> float | None:
+        """The first mark in (t0, t1], if there is one."""
+        while self._next < len(self._times) and self._times[self._next] <= t0:
+            self._next += 1
+        if self._next < len(self._times) and self._times[self._next] <= t1:
+            return self._times[self._next]
+        return None
+
+
+def floor_tolerances(problem: Problem) -> tuple[float | Tensor, float | Tensor]:
+    """The tolerances, raised to the roundoff of what the field computes in.
+
+    Half precision states and autocast round every value of the field; asking for less than that makes
+    the controller chase noise.
+    """
+    noise = problem.field.noise
+    if not noise:
+        return problem.rtol, problem.atol
+    tolerances = []
+    for tolerance in (problem.rtol, problem.atol):
+        low = isinstance(tolerance, Tensor) or tolerance < noise
+        if isinstance(tolerance, Tensor):
+            tolerances.append(tolerance.clamp(min=noise))
+        else:
+            tolerances.append(noise if low else tolerance)
+    return tolerances[0], tolerances[1]
+
+
+def adaptive_steps(
+    problem: Problem,
+    tableau: ButcherTableau,
+    t_end: float,
+    stats: SolveStats,
+    f0: Tensor | None = None,
+    max_num_steps: int = DEFAULT_MAX_STEPS,
+) -> Iterator[AdaptiveStep]:
+    """Accepted steps from times[0] until one reaches t_end. One host synchronisation per attempt.
+
+    Raises:
+        StepSizeUnderflow, MaxStepsExceeded, NonFiniteState, NonDeterministicField.
+    """
+    options, field, norm = problem.options, problem.field, problem.norm
+    names = ("safety", "ifactor", "dfactor", "min_step", "max_step")
+    controller = Controller(
+        tableau.order, **{name: options[name] for name in names if name in options}
+    )
+    budget = int(options.get("max_num_steps", max_num_steps))
+    rounded = _rounding(options.get("dtype", torch.float64))
+    on_step, on_accept, on_reject = (
+        problem.callback(f"callback_{name}") for name in ("step", "accept_step", "reject_step")
+    )
+    recipe = AdaptiveRecipe(field, tableau)
+    t0, y = problem.times[0], problem.y0
+    shift = problem.shifts[0] if problem.shifts else None
+    if f0 is None:
+        f0 = field(t0, y, shift)
+    rtol, atol = floor_tolerances(problem)
+    with torch.no_grad():
+        dt = options.get("first_step")
+        if dt is None:
+            dt = choose_initial_step(field, t0, y, f0, tableau.order, (rtol, atol), norm)
+    if not math.isfinite(dt):
+        raise _non_finite(problem, t0, dt, 0, y, f0)
+    dt = rounded(controller.clamp(dt))
+    steps_end_on, jumps = Marks(options.get("step_t", ())), Marks(options.get("jump_t", ()))
+    ratio, refused_in_a_row, doubted = 0.0, 0, False
+    non_finite, non_finite_at = 0, t0
+    while t0 < t_end:
+        attempts = stats.accepted + stats.rejected
+        if attempts >= budget:
+            raise MaxStepsExceeded(
+                f"max_num_steps exceeded ({attempts}>={budget}) at t={field.user_time(t0):.9g}, "
+                f"dt={dt:.3g}: {stats.accepted} steps accepted, {stats.rejected} rejected. Loosen rtol "
+                "and atol, raise options['max_num_steps'], or look at whether the field became stiff."
+            )
+        if on_step:
+            on_step(t0, y, dt)
+        t1 = rounded(t0 + dt)
+        if not t1 > t0:
+            if not math.isfinite(ratio):
+                raise _non_finite(problem, t0, dt, attempts, y, f0)
+            raise StepSizeUnderflow(
+                f"underflow in dt {dt:.3g} at t={field.user_time(t0):.9g} after {stats.accepted} "
+                f"accepted and {stats.rejected} rejected steps: no step that still advances t meets the "
+                f"tolerance{_worst_rows(problem, y)}. The solution may blow up there, the field may jump "
+                "(options['jump_t']) or be stiff (an implicit method), or rtol and atol are too tight "
+                f"for {y.dtype}."
+            )
+        mark = steps_end_on.before(t0, t1)
+        jump = jumps.before(t0, t1 if mark is None else mark)
+        landed = mark is not None or jump is not None
+        if landed:
+            t1 = jump if jump is not None else mark
+            dt = rounded(t1 - t0)
+        step = recipe(Interval(t0, t1, shift, None if landed else shift), y, f0)
+        with torch.no_grad():
+            ratio = float(norm(scaled_error(step, rtol, atol)))
+        if controller.accepts(dt, ratio):
+            stats.accepted += 1
+            refused_in_a_row = 0
+            if t1 >= non_finite_at:
+                non_finite = 0
+            if on_accept:
+                on_accept(t0, y, dt)
+            if jump is not None:
+                step = recipe.cross(step)
+            problem.suggested_step = dt = rounded(controller.next_step(dt, ratio))
+            yield step
+            t0, y, f0, shift = t1, step.y1, step.f1, step.interval.shift1
+        else:
+            stats.rejected += 1
+            refused_in_a_row += 1
+            if on_reject:
+                on_reject(t0, y, dt)
+            if not math.isfinite(ratio):
+                non_finite, non_finite_at = non_finite + 1, t1
+                if dt <= controller.min_step or non_finite == MOST_NON_FINITE_ATTEMPTS:
+                    raise _non_finite(problem, t0, dt, attempts + 1, y, f0)
+            dt = rounded(controller.next_step(dt, ratio))
+            noisy = refused_in_a_row == REJECTIONS_BEFORE_DOUBT or stats.rejected == 64
+            if noisy and not doubted and math.isfinite(ratio):
+                doubted = True
+                _check_deterministic(field, t0, y)
+
+
+def _rounding(dtype: torch.dtype) -> Callable[[float], float]:
+    if dtype == torch.float64:
+        return float
+    return lambda t: float(np.float32(t))
+
+
+def _non_finite(
+    problem: Problem, t: float, dt: float, attempts: int, y: Tensor, f: Tensor
+) -> NonFiniteState:
+    f_bad = ~torch.isfinite(f.detach())
+    what = "the field returned nan or inf" if f_bad.any() else "a trial step became nan or inf"
+    rows = ""
+    if f_bad.any() and y.dim() > 1:
+        rows = f" in {int(f_bad.flatten(1).any(1).sum())} of {y.shape[0]} rows"
+    return NonFiniteState(
+        f"non-finite values in state: {what}{rows} at t={problem.field.user_time(t):.9g}, dt={dt:.3g}, "
+        f"attempt {attempts}; the last accepted state there is finite. Look at the field's weights and "
+        "inputs at this t (a diverged training step, log or division), or clip them."
+    )
+
+
+def _worst_rows(problem: Problem, y: Tensor) -> str:
+    if y.dim() < 2 or problem.layout or y.shape[0] < 2:
+        return ""
+    size = y.detach().abs().flatten(1).amax(1)
+    return (
+        f" (largest |y| in row {int(size.argmax())}: {float(size.max()):.3g}, median over "
+        f"{y.shape[0]} rows {float(size.median()):.3g})"
+    )
+
+
+def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
+    """One or two evaluations more, made only when many steps were refused."""
+    with torch.no_grad():
+        first, second = field(t, y), field(t, y)
+        scale = torch.maximum(first.abs(), second.abs()).max()
+        # Threads may sum in another order; randomness (dropout) is far above that.
+        if (first - second).abs().max() > 1e-4 * scale:
+            raise NonDeterministicField(
+                f"the field is not deterministic: two evaluations at the same t={field.user_time(t):.9g} "
+                "and y differ, so no step meets the tolerance. Dropout or noise in the field? Put it in "
+                "eval mode, or draw the noise once per solve."
+            )
+
+
+# --- adaptive steps, one step size per row ----------------------------------------------------------
+
+
+def solve_by_row(
+    problem: Problem, tableau: ButcherTableau, stats: SolveStats, f0: Tensor | None = None
+) -> Tensor:
+    """The solution at the output times, [times, batch, ...]; every row takes its own steps.
+
+    Rows that are done keep their state and a step of 0. The field gets t with one entry per row,
+    [batch, 1, ...]. Cost: as many evaluations as the row that needs most.
+
+    Raises:
+        StepSizeUnderflow, MaxStepsExceeded, NonFiniteState.
+    """
+    field, options = problem.field, problem.options
+    names = ("safety", "ifactor", "dfactor", "min_step", "max_step")
+    controller = Controller(
+        tableau.order, **{name: options[name] for name in names if name in options}
+    )
+    budget = int(options.get("max_num_steps", DEFAULT_MAX_STEPS))
+    recipe = AdaptiveRecipe(field, tableau)
+    y = problem.y0
+    shape = (y.shape[0],) + (1,) * (y.dim() - 1)
+    shift = problem.shifts[0] if problem.shifts else None
+    t = torch.full(shape, problem.times[0], dtype=torch.float64, device=y.device)
+    t_end = problem.times[-1]
+    f = field(t, y, shift) if f0 is None else f0
+    rtol, atol = floor_tolerances(problem)
+    with torch.no_grad():
+        dt = _initial_step_by_row(field, t, y, f, tableau.order, rtol, atol)
+        if "first_step" in options:
+            dt = torch.full_like(t, options["first_step"])
+        dt = dt.clamp(controller.min_step, controller.max_step)
+    outputs = [y] * len(problem.times)
+    accepted = torch.zeros(shape, dtype=torch.int64, device=y.device)
+    rejected = torch.zeros_like(accepted)
+    running = t < t_end
+    while running.any():
+        if int((accepted + rejected).max()) >= budget:
+            raise MaxStepsExceeded(
+                f"max_num_steps exceeded ({budget}) in {int(running.sum())} of {y.shape[0]} rows, the "
+                f"slowest at t={field.user_time(float(t.min())):.9g}. Loosen rtol and atol or raise "
+                "options['max_num_steps']."
+            )
+        stuck = running & ~(t + dt > t)
+        if stuck.any():
+            _raise_stuck_rows(problem, stuck, t, dt, f)
+        step_dt = torch.where(running, dt, 0.0)
+        # Where rows are done t1 = t0: dividing by the step there is masked below.
+        step = recipe(RowInterval(t, t + step_dt, shift, shift, y.dtype), y, f)
+        with torch.no_grad():
+            ratio = _rms_by_row(scaled_error(step, rtol, atol)).reshape(shape).double()
+            fits = (ratio <= 1) | ((dt <= controller.min_step) & ratio.isfinite())
+            accept = running & fits
+            accepted += accept
+            rejected += running & ~fits
+            dt = torch.where(running, controller.next_step_rows(dt, ratio), dt)
+        _write_outputs(problem, step, accept, outputs)
+        y = torch.where(accept, step.y1, y)
+        f = torch.where(accept, step.f1, f)
+        t = torch.where(accept, step.interval.t1, t)
+        running = t < t_end
+    if y.shape[0]:
+        stats.accepted, stats.rejected = int(accepted.max()), int(rejected.max())
+    return torch.stack(outputs)
+
+
+@dataclass(slots=True)
+class RowInterval(Interval):
+    """An interval per row; its step size is in the state's real dtype."""
+
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def h(self) -> Tensor:
+        """Step sizes, [batch, 1, ...]."""
+        dt: Tensor = self.t1 - self.t0  # type: ignore[assignment]
+        return dt.to(self.dtype.to_real() if self.dtype.is_complex else self.dtype)
+
+
+def _write_outputs(
+    problem: Problem, step: AdaptiveStep, accept: Tensor, outputs: list[Tensor]
+) -> None:
+    """The output times inside this step, for the rows in which it contains them."""
+    t0, t1 = step.interval.t0, step.interval.t1
+    with torch.no_grad():
+        starts, ends = torch.where(accept, t0, math.inf), torch.where(accept, t1, -math.inf)
+        low, high = (float(starts.min()), float(ends.max())) if len(accept) else (0.0, 0.0)
+    shifts = problem.shifts or [None] * len(problem.times)
+    for i, (time, shift) in enumerate(zip(problem.times, shifts, strict=True)):
+        if i == 0 or not low < time <= high:
+            continue
+        here = accept & (t0 < time) & (time <= t1)
+        width = torch.where(here, t1 - t0, 1.0)
+        x = torch.where(here, (time - t0) / width, 0.0)
+        if shift is not None and step.interval.shift0 is not None:
+            x = x + (shift - step.interval.shift0) / width
+        x = x.to(step.interval.h.dtype)  # type: ignore[union-attr]
+        value = combine(step.y0, step.ks, step._weights(x), step.interval.h)
+        outputs[i] = torch.where(here, value, outputs[i])
+
+
+def _rms_by_row(x: Tensor) -> Tensor:
+    flat = x.flatten(1) if x.dim() > 1 else x[:, None]
+    return torch.linalg.vector_norm(flat, dim=1) / math.sqrt(max(flat.shape[1], 1))
+
+
+def _initial_step_by_row(
+    field: VectorField,
+    t: Tensor,
+    y: Tensor,
+    f: Tensor,
+    order: int,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+) -> Tensor:
+    """`choose_initial_step` for each row, [batch, 1, ...] in float64."""
+    scale = y.abs().mul_(rtol).add_(atol)
+
+    def norm(x: Tensor) -> Tensor:
+        return _rms_by_row(x).reshape(t.shape).double()
+
+    d0, d1 = norm(y / scale), norm(f / scale)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    f1 = field(t + h0, y + (h0 * f).to(y.dtype))
+    d2 = norm((f1 - f) / scale) / h0
+    largest = torch.maximum(d1, d2)
+    h1 = torch.where(
+        largest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1.0 / order)
+    )
+    return torch.minimum(100 * h0, h1)
+
+
+def _raise_stuck_rows(problem: Problem, stuck: Tensor, t: Tensor, dt: Tensor, f: Tensor) -> None:
+    row = int(stuck.flatten().nonzero()[0])
+    at, size = problem.field.user_time(float(t.flatten()[row])), float(dt.flatten()[row])
+    rows = f"{int(stuck.sum())} of {stuck.shape[0]} rows, first in row {row}"
+    if not torch.isfinite(f[row].detach()).all() or not math.isfinite(size):
+        raise NonFiniteState(
+            f"non-finite values in state: the field returned nan or inf in {rows}, at t={at:.9g}. Look "
+            "at the field's weights and at that row of the input."
+        )
+    raise StepSizeUnderflow(
+        f"underflow in dt {size:.3g} at t={at:.9g} in {rows}. The solution may blow up there, or rtol "
+        "and atol are too tight for the state's dtype."
+    )
+
+
+__all__ = [
+    "AdaptiveRecipe",
+    "AdaptiveStep",
+    "FixedRecipe",
+    "Step",
+    "adaptive_steps",
+    "grid_steps",
+    "solve_by_row",
+    "stages",
+]

@@ -1,0 +1,162 @@
+"""What all solvers yield: accepted steps. And the arithmetic that steps share.
+
+Every method yields `Step`s in increasing time. Output times, dense output, events and checkpoints are
+written once, over steps, and know no method. A one-step method is a *recipe*: called with an interval,
+the state and (if it carries one from step to step) the derivative at its start, it makes the step. The
+discrete gradient calls the same recipe again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anode_fast.vector_field import HERE, PREV, VectorField
+
+Factor = float | Tensor
+
+
+@dataclass(slots=True)
+class Interval:
+    """[t0, t1] of one step, in solver time.
+
+    `shift0` and `shift1` are zero-valued 0-d tensors through which the gradient with respect to the
+    user's t flows, or None where none does. Under step_control="sample", t0 and t1 are tensors with one
+    entry per row that broadcast against the state.
+    """
+
+    t0: float
+    t1: float
+    shift0: Tensor | None = None
+    shift1: Tensor | None = None
+
+    @property
+    def h(self) -> Factor:
+        """The step size: a float, or a tensor if a gradient flows through it."""
+        dt = self.t1 - self.t0
+        if self.shift0 is self.shift1:
+            return dt
+        return dt + _minus(self.shift1, self.shift0)
+
+    def at(self, c: float) -> tuple[float, Tensor | None]:
+        """Time and shift at the node c in [0, 1]."""
+        if c == 1:
+            return self.t1, self.shift1
+        t = self.t0 + c * (self.t1 - self.t0)
+        if c == 0 or self.shift0 is self.shift1:
+            return t, self.shift0
+        moved = c * _minus(self.shift1, self.shift0)
+        return t, moved if self.shift0 is None else self.shift0 + moved
+
+    def fraction(self, t: float, shift: Tensor | None) -> Factor:
+        """(t - t0) / (t1 - t0), a tensor if a gradient flows through it."""
+        if self.shift0 is None and self.shift1 is None and shift is None:
+            return (t - self.t0) / (self.t1 - self.t0)
+        return (t - self.t0 + _minus(shift, self.shift0)) / self.h
+
+
+def _minus(a: Tensor | None, b: Tensor | None) -> Tensor:
+    if b is None:
+        return torch.zeros(()) if a is None else a
+    return -b if a is None else a - b
+
+
+class Step(Protocol):
+    """An accepted step."""
+
+    interval: Interval
+    y0: Tensor
+    y1: Tensor
+
+    def interpolate(self, times: Sequence[float], shifts: Sequence[Tensor | None]) -> Tensor:
+        """The solution at `times` in [t0, t1], [len(times), *state]."""
+
+
+class OneStep(Step, Protocol):
+    """A step of a one-step method, which can be made again from its start."""
+
+    recipe: Recipe
+    f0: Tensor | None
+    f1: Tensor | None
+
+
+Recipe = Callable[[Interval, Tensor, Tensor | None], OneStep]
+
+
+def combine(
+    y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Factor], h: Factor
+) -> Tensor:
+    """y + h * sum_j weights[j] * ks[j] (y=None: the sum alone), without a stacked tensor of the ks.
+
+    With numbers this is one fused multiply-add per nonzero weight. Tensors (a gradient flows through
+    time, or one step size per row; then all weights or h are tensors) take the general form.
+    """
+    if isinstance(h, Tensor) or isinstance(weights[0], Tensor):
+        terms = [k * w for k, w in zip(ks, weights, strict=False) if isinstance(w, Tensor) or w]
+        change = functools.reduce(torch.add, terms) * h
+        return (change if y is None else y + change).to(ks[0].dtype)
+    out = None
+    for k, w in zip(ks, weights, strict=False):
+        if not w:
+            continue
+        if out is not None:
+            out.add_(k, alpha=h * w)
+        else:
+            out = k * (h * w) if y is None else torch.add(y, k, alpha=h * w)
+    if out is None:
+        return torch.zeros_like(ks[0]) if y is None else y
+    return out
+
+
+def hermite(step: Step, f0: Tensor, f1: Tensor, x: Factor) -> Tensor:
+    """The cubic through y0 and y1 with slopes f0 and f1 at the fraction x of the step.
+
+    Source: Hairer, Norsett, Wanner, Solving ODEs I, 2nd ed., II.6, equation (6.7).
+    """
+    rest = 1 - x
+    return combine(
+        step.y0,
+        [step.y1 - step.y0, f0, f1],
+        [x * x * (3 - 2 * x), step.interval.h * x * rest * rest, -step.interval.h * x * x * rest],
+        1.0,
+    )
+
+
+@dataclass
+class GridStep:
+    """A step of a fixed-step method. Interpolates linearly or by a cubic, whose slopes it evaluates
+    only when it is asked for a time inside."""
+
+    field: VectorField
+    interval: Interval
+    y0: Tensor
+    y1: Tensor
+    f0: Tensor | None
+    linear: bool = False
+    perturb: bool = False
+    recipe: Recipe | None = None
+    slope0: Tensor | None = None
+    f1: Tensor | None = None
+
+    def interpolate(self, times: Sequence[float], shifts: Sequence[Tensor | None]) -> Tensor:
+        """The solution at `times`, [len(times), *state]; exact at the step's end."""
+        return torch.stack([self._at(t, s) for t, s in zip(times, shifts, strict=True)])
+
+    def _at(self, t: float, shift: Tensor | None) -> Tensor:
+        if t == self.interval.t1 and shift is self.interval.shift1:
+            return self.y1
+        x = self.interval.fraction(t, shift)
+        if self.linear:
+            return combine(self.y0, [self.y1 - self.y0], [x], 1.0)
+        if self.slope0 is None:
+            self.slope0 = self.field(self.interval.t0, self.y0, self.interval.shift0)
+        if self.f1 is None:
+            # Also the next step's first stage, so that a time inside costs no evaluation.
+            side = PREV if self.perturb else HERE
+            self.f1 = self.field(self.interval.t1, self.y1, self.interval.shift1, side)
+        return hermite(self, self.slope0, self.f1, x)

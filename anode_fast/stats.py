@@ -1,0 +1,41 @@
+"""What a solve did: `SolveStats`, and `Status`, its outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Status(IntEnum):
+    """Outcome of a solve. Kernels return these numbers; the host turns failures into exceptions."""
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    UNDERFLOW = 2
+    NON_FINITE = 3
+
+
+@dataclass
+class SolveStats:
+    """Counts of one solve. `nfe_backward` is filled in when the backward pass has run.
+
+    Attributes:
+        backend: "reference", "cpu" or "triton".
+        method: Name of the integration method.
+        nfe: Evaluations of the field in the forward solve, counted as torchdiffeq counts them.
+        nfe_backward: Evaluations of the field in the backward pass (0 before it, and 0 for
+            gradient="autograd", which evaluates nothing anew).
+        accepted: Accepted steps. For step_control="sample": of the row that took most.
+        rejected: Rejected steps. For step_control="sample": of the row that took most.
+        launches: Native launches or calls made (0 on the reference path).
+        status: Outcome; anything but SUCCESS was raised as a SolverError.
+    """
+
+    backend: str = "reference"
+    method: str = ""
+    nfe: int = 0
+    nfe_backward: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    launches: int = 0
+    status: Status = Status.SUCCESS

@@ -1,0 +1,1 @@
+"""Benchmarks of anode_fast: `python -m benchmarks` lists them."""

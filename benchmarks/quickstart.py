@@ -1,0 +1,481 @@
+"""Concentric spheres: a neural ODE beside an augmented one, anode_fast beside torchdiffeq.
+
+Each model is trained twice, from the same weights on the same batches in the same order. The two
+trainings of a model take turns, iteration by iteration, so noise of the machine hits both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torchdiffeq
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+import anode_fast
+from anode_fast import ODENet, SolverError
+from benchmarks.baselines import with_torchdiffeq
+from benchmarks.data import ConcentricSpheres, batches
+from benchmarks.train import Run
+
+SOLVERS = ("anode_fast", "torchdiffeq")
+FAST_EPOCHS = 6
+COMPARED = 50  # iterations over which the loss curves of the two solvers are compared
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained, and how. The defaults are the paper's (appendix E), seed and device aside.
+
+    The loss is the mean squared error. The paper's times are from an adaptive 4(5) Runge-Kutta
+    method with absolute and relative tolerance 1e-3: dopri5.
+    """
+
+    augment_dims: dict[str, int] = field(default_factory=lambda: {"NODE": 0, "ANODE": 5})
+    hidden_dim: int = 32
+    method: str = "dopri5"
+    tolerance: float = 1e-3
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    epochs: int = 50
+    num_inner: int = 1000
+    num_outer: int = 2000
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass
+class Trained:
+    """One model, trained once with each solver."""
+
+    name: str
+    nets: dict[str, ODENet]
+    runs: dict[str, Run]
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long torchdiffeq takes for an iteration, by the medians."""
+        ours, theirs = (_milliseconds(self.runs[solver]) for solver in SOLVERS)
+        return theirs / ours
+
+    @property
+    def loss_difference(self) -> float:
+        """Largest difference of the two loss curves over the first iterations."""
+        ours, theirs = (self.runs[solver].losses[:COMPARED] for solver in SOLVERS)
+        return max((abs(a - b) for a, b in zip(ours, theirs, strict=False)), default=float("nan"))
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds `quickstart` to the subcommands of `python -m benchmarks`."""
+    parser = commands.add_parser(
+        "quickstart",
+        help="train a NODE and an ANODE on concentric spheres, with anode_fast and torchdiffeq",
+        description=__doc__,
+    )
+    parser.add_argument("--fast", action="store_true", help=f"{FAST_EPOCHS} epochs, under 30 s")
+    parser.add_argument(
+        "--epochs", type=_positive, help=f"default {Config.epochs}, as in the paper"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and batches")
+    parser.add_argument("--out", type=Path, default=Path("results/quickstart"), help="folder")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+    parser.set_defaults(run=main)
+
+
+def _positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"want at least 1, got {value}")
+    return value
+
+
+def _device(text: str) -> str:
+    """An argument that names a device which is there."""
+    try:
+        torch.empty(0, device=text)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from None
+    return text
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the benchmark as the command line says."""
+    epochs = args.epochs or (FAST_EPOCHS if args.fast else Config.epochs)
+    run(Config(epochs=epochs, seed=args.seed, device=args.device), args.out, Console())
+
+
+def run(config: Config, out: Path, console: Console) -> list[Trained]:
+    """Trains, prints the table, and writes quickstart.json and the pictures to `out`.
+
+    The JSON is written anew, in one piece, whenever a model's runs are complete.
+    """
+    start = time.perf_counter()
+    data = ConcentricSpheres(
+        num_inner=config.num_inner, num_outer=config.num_outer, seed=config.seed
+    )
+    results: list[Trained] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(out / "quickstart.json", config, results)  # before the work, not after it
+    except OSError as error:
+        raise SystemExit(f"quickstart: cannot write to --out {out}: {error.strerror}") from None
+    for name in config.augment_dims:
+        results.append(train(name, data, config))
+        _write_json(out / "quickstart.json", config, results)
+    console.print(table(results, config))
+    for model in results:
+        console.print(
+            f"{model.name}: the loss curves of the two solvers differ by at most "
+            f"{model.loss_difference:.1e} over the first {COMPARED} iterations"
+        )
+        for solver, one in model.runs.items():
+            if one.failure:
+                console.print(f"{model.name} with {solver} ended early: {one.failure}", style="red")
+    draw(results, data, config, out)
+    console.print(f"{time.perf_counter() - start:.0f} s in all; pictures and figures are in {out}/")
+    return results
+
+
+def train(name: str, data: ConcentricSpheres, config: Config) -> Trained:
+    """Trains one model with both solvers, in turns."""
+    torch.manual_seed(config.seed)
+    net = ODENet(
+        data_dim=data.points.shape[1],
+        hidden_dim=config.hidden_dim,
+        augment_dim=config.augment_dims[name],
+        method=config.method,
+        rtol=config.tolerance,
+        atol=config.tolerance,
+    ).to(config.device)
+    nets = dict(zip(SOLVERS, (net, with_torchdiffeq(net)), strict=True))
+    runs = {solver: Run() for solver in SOLVERS}
+
+    def training(net: nn.Module, run: Run, epochs: int) -> Iterator[float]:
+        order = batches(data, config.batch_size, epochs, seed=config.seed)
+        optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
+        return run.train(net, order, optimizer)
+
+    for solver in SOLVERS:  # warm up on copies: first calls load, compile and allocate
+        for _ in zip(range(5), training(copy.deepcopy(nets[solver]), Run(), 1), strict=False):
+            pass
+    trainings = [training(nets[solver], runs[solver], config.epochs) for solver in SOLVERS]
+    total = config.epochs * -(-len(data) // config.batch_size)
+    with tqdm(total=total, desc=f"{name:>5}", unit="it") as bar:
+        for losses in _in_turns(trainings):
+            bar.set_postfix({"loss": f"{losses[-1]:.4f}"}, refresh=False)
+            bar.update()
+    return Trained(name, nets, runs)
+
+
+def _in_turns(trainings: list[Iterator[float]]) -> Iterator[list[float]]:
+    """One iteration of each, another one first each time, until all have ended."""
+    while True:
+        step = [(training, next(training, None)) for training in reversed(trainings)]
+        trainings = [training for training, loss in step if loss is not None]
+        if not trainings:
+            return
+        yield [loss for _, loss in step if loss is not None]
+
+
+def table(results: list[Trained], config: Config) -> Table:
+    """The figures of every run."""
+    result = Table(
+        title=f"Concentric spheres, {config.epochs} epochs, {_cpu()}"
+        if config.device == "cpu"
+        else f"Concentric spheres, {config.epochs} epochs, {torch.cuda.get_device_name()}",
+        caption="loss: mean of the last epoch. NFE: mean evaluations of the field per iteration. "
+        "ms: median per training iteration.",
+    )
+    for heading in ("model", "solver"):
+        result.add_column(heading)
+    for heading in ("final loss", "NFE", "backward NFE", "ms / iteration", "speed"):
+        result.add_column(heading, justify="right")
+    for model in results:
+        for solver, run in model.runs.items():
+            speed = model.ratio if solver == "anode_fast" else 1.0
+            result.add_row(
+                model.name,
+                solver,
+                f"{_final_loss(run, config):.5f}",
+                f"{_mean(run.nfe):.1f}",
+                f"{_mean(run.nfe_backward):.1f}",
+                f"{_milliseconds(run):.2f}",
+                f"{speed:.2f}x",
+                end_section=solver == SOLVERS[-1],
+            )
+    return result
+
+
+def _mean(values: list[int]) -> float:
+    return fmean(values) if values else float("nan")
+
+
+def _milliseconds(run: Run) -> float:
+    """Median wall clock of an iteration."""
+    return 1e3 * median(run.seconds) if run.seconds else float("nan")
+
+
+def _final_loss(run: Run, config: Config) -> float:
+    """Mean over the last epoch: single batches are noisy."""
+    return _mean(run.losses[-_iterations_per_epoch(config) :])
+
+
+def _iterations_per_epoch(config: Config) -> int:
+    return -(-(config.num_inner + config.num_outer) // config.batch_size)
+
+
+# ---- JSON
+
+
+def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
+    """Writes everything known so far; whoever reads sees the old file or the new one, whole."""
+    content: dict[str, Any] = {
+        "experiment": "quickstart",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "config": asdict(config),
+        "versions": {
+            "anode_fast": anode_fast.__version__,
+            "torch": torch.__version__,
+            "torchdiffeq": torchdiffeq.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if config.device != "cpu" else None,
+        },
+        "loss_difference": {model.name: _finite(model.loss_difference) for model in results},
+        "runs": [
+            {
+                "model": model.name,
+                "solver": solver,
+                "parameters": sum(p.numel() for p in model.nets[solver].parameters()),
+                "failure": run.failure,
+                "final_loss": _finite(_final_loss(run, config)),
+                "mean_nfe": _finite(_mean(run.nfe)),
+                "mean_nfe_backward": _finite(_mean(run.nfe_backward)),
+                "ms_per_iteration": _finite(_milliseconds(run)),
+                "losses": run.losses,
+                "nfe": run.nfe,
+                "nfe_backward": run.nfe_backward,
+                "ms": [round(1e3 * seconds, 4) for seconds in run.seconds],
+            }
+            for model in results
+            for solver, run in model.runs.items()
+        ],
+    }
+    scratch = path.with_suffix(".json.part")
+    scratch.write_text(json.dumps(content, allow_nan=False) + "\n")
+    scratch.replace(path)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no nan."""
+    return value if np.isfinite(value) else None
+
+
+def _cpu() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ---- pictures
+
+# Okabe and Ito's colours, told apart with every kind of colour vision.
+INNER, OUTER = "#0072B2", "#E69F00"
+MODEL_COLORS = {"NODE": "#CC3377", "ANODE": "#009E73"}
+SOLVER_STYLES: dict[str, dict[str, Any]] = {
+    "torchdiffeq": {"linewidth": 5, "alpha": 0.3, "solid_capstyle": "butt"},
+    "anode_fast": {"linewidth": 1.3},
+}
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.dpi": 180,
+}
+
+
+@dataclass
+class Flow:
+    """Where a trained model takes the points.
+
+    Attributes:
+        name: Of the model.
+        states: [time, point, 2 or 3]: both data dimensions and, if there are augmented ones, that
+            one of them which separates the classes best at the end.
+        inner: Which points are in the ball.
+        augmented: Name of the third axis.
+        failure: Why the solve failed, if it did.
+    """
+
+    name: str
+    states: np.ndarray
+    inner: np.ndarray
+    augmented: str = ""
+    failure: str | None = None
+
+    @classmethod
+    def of(cls, model: Trained, data: ConcentricSpheres, timesteps: int = 60) -> Flow:
+        """The flow of the net that anode_fast trained."""
+        inner = data.inner.numpy()
+        net = model.nets["anode_fast"]
+        points = data.points.to(next(net.parameters()).device)
+        try:
+            with torch.no_grad():
+                states = net.block.trajectory(points, timesteps).cpu().numpy()
+        except SolverError as error:
+            return cls(model.name, np.empty((0, 0, 2)), inner, failure=str(error))
+        if states.shape[2] == 2:
+            return cls(model.name, states, inner)
+        at_end = states[-1, :, 2:]
+        gap = np.abs(at_end[inner].mean(0) - at_end[~inner].mean(0))
+        best = int(np.argmax(gap / (at_end[inner].std(0) + at_end[~inner].std(0))))
+        return cls(model.name, states[:, :, [0, 1, 2 + best]], inner, f"augmented {best + 1}")
+
+    def add_axes(self, figure: Figure, position: SubplotSpec) -> Axes:
+        """Axes of the right dimension, with equal scales."""
+        if not self.augmented:
+            axes = figure.add_subplot(position, aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+            axes.locator_params(nbins=5)
+            return axes
+        axes = figure.add_subplot(position, projection="3d")
+        axes.set(xlabel="$x_1$", ylabel="$x_2$", zlabel=self.augmented)
+        low, high = self.states.min((0, 1)), self.states.max((0, 1))
+        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
+        axes.set_box_aspect(high - low, zoom=0.95)
+        axes.view_init(elev=18, azim=-60)
+        axes.locator_params(nbins=4)
+        for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+            axis.pane.set_facecolor("#F7F7F7")
+        return axes
+
+
+def draw(results: list[Trained], data: ConcentricSpheres, config: Config, out: Path) -> None:
+    """Draws quickstart.png, and its parts as loss.png, nfe.png, flow.png and features.png."""
+    flows = [Flow.of(model, data) for model in results]
+    curves = {"loss": _plot_loss, "nfe": _plot_nfe}
+    spaces = {"flow": _plot_flow, "features": _plot_features}
+    with matplotlib.rc_context(STYLE):
+        for name, plot in curves.items():
+            figure = Figure(figsize=(6.5, 4), layout="constrained")
+            plot(figure.add_subplot(), results, config)
+            figure.savefig(out / f"{name}.png")
+        for name, plot in spaces.items():
+            figure = Figure(figsize=(10, 5), layout="constrained")
+            for position, flow in zip(figure.add_gridspec(1, len(flows)), flows, strict=True):
+                plot(flow.add_axes(figure, position), flow)
+            figure.savefig(out / f"{name}.png")
+
+        figure = Figure(figsize=(10, 7), layout="constrained")
+        grid = figure.add_gridspec(2, 12, height_ratios=(3, 4))
+        _plot_loss(figure.add_subplot(grid[0, :4]), results, config)
+        _plot_nfe(figure.add_subplot(grid[0, 4:8]), results, config)
+        _plot_speed(figure.add_subplot(grid[0, 8:]), results)
+        for i, flow in enumerate(flows):
+            for j, plot in enumerate(spaces.values()):
+                left = 6 * i + 3 * j
+                plot(flow.add_axes(figure, grid[1, left : left + 3]), flow)
+        figure.savefig(out / "quickstart.png")
+
+
+def _plot_curves(axes: Axes, results: list[Trained], config: Config, quantity: str) -> None:
+    """Running means over an epoch: anode_fast as a thin line upon torchdiffeq's broad one."""
+    for model in results:
+        color = MODEL_COLORS[model.name]
+        for solver, style in SOLVER_STYLES.items():
+            values = getattr(model.runs[solver], quantity)
+            window = min(_iterations_per_epoch(config), len(values))
+            if not window:
+                continue
+            mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
+            label = f"{model.name}, {solver}"
+            axes.plot(range(window, len(values) + 1), mean, color=color, label=label, **style)
+    axes.set_xlabel("iteration")
+    axes.set_xlim(left=0)
+
+
+def _plot_loss(axes: Axes, results: list[Trained], config: Config) -> None:
+    _plot_curves(axes, results, config, "losses")
+    axes.set(title="Loss", yscale="log")
+    axes.legend()
+
+
+def _plot_nfe(axes: Axes, results: list[Trained], config: Config) -> None:
+    _plot_curves(axes, results, config, "nfe")
+    axes.set(title="Field evaluations per forward solve")
+    axes.set_ylim(bottom=0)
+
+
+def _plot_speed(axes: Axes, results: list[Trained]) -> None:
+    """Median time of a training iteration."""
+    bars = [(model, solver) for model in results for solver in SOLVERS]
+    times = [_milliseconds(model.runs[solver]) for model, solver in bars]
+    for y, ((model, solver), value) in enumerate(zip(bars, times, strict=True)):
+        alpha = SOLVER_STYLES[solver].get("alpha", 1.0)
+        axes.barh(y, value, color=MODEL_COLORS[model.name], alpha=alpha, height=0.7)
+        ratio = f" ({model.ratio:.1f}x as fast)" if solver == "anode_fast" else ""
+        axes.text(0, y, f" {value:.1f} ms{ratio}", va="center")
+    axes.set_yticks(range(len(bars)), [f"{model.name}\n{solver}" for model, solver in bars])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(title="Time per training iteration", xlabel="ms (median)")
+
+
+def _plot_flow(axes: Axes, flow: Flow) -> None:
+    """Some points on their way, the end marked."""
+    axes.set_title(f"{flow.name}: flow")
+    if _says_failed(axes, flow):
+        return
+    for mask, color, count in ((~flow.inner, OUTER, 70), (flow.inner, INNER, 35)):
+        for path in flow.states[:, mask][:, :count].transpose(1, 2, 0):
+            axes.plot(*path, color=color, alpha=0.55, linewidth=0.8)
+        axes.scatter(*flow.states[-1, mask][:count].T, color=color, s=7, linewidths=0)
+
+
+def _plot_features(axes: Axes, flow: Flow) -> None:
+    """All points at the end of the flow."""
+    axes.set_title(f"{flow.name}: features")
+    if _says_failed(axes, flow):
+        return
+    for mask, color in ((~flow.inner, OUTER), (flow.inner, INNER)):
+        axes.scatter(*flow.states[-1, mask].T, color=color, s=3, alpha=0.6, linewidths=0)
+
+
+def _says_failed(axes: Axes, flow: Flow) -> bool:
+    """Writes the reason where the picture would be, if there is one."""
+    if flow.failure:
+        axes.text(0.5, 0.5, flow.failure, transform=axes.transAxes, ha="center", wrap=True)
+    return bool(flow.failure)

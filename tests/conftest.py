@@ -1,0 +1,31 @@
+"""What every test gets: fixed seeds, one thread, and a `device` where it asks for one."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# One thread: steadier timings and bitwise equal sums, whatever the machine.
+torch.set_num_threads(1)
+
+settings.register_profile("anode_fast", deadline=None, derandomize=True)
+settings.load_profile("anode_fast")
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
