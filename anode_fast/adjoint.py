@@ -1,12 +1,12 @@
-"""Gradients of a solve without a graph through it: discrete and continuous. The solver is an argument.
+"""Gradients of a solve without a graph through all of it. The solver is an argument.
 
-*Discrete* is the exact gradient of the computed solution: the accepted steps are made again one by one
-from the last to the first, each differentiated by itself, so memory holds the states at the steps and
-the graph of one step. Step sizes are constants of it, as in Hairer's and everyone's practice.
+*Discrete* is the exact gradient of the computed solution: the accepted steps are made again one by
+one from the last to the first, each differentiated by itself, so memory holds the states at the
+steps and the graph of one step. Step sizes count as constants.
 
-*Continuous* integrates the adjoint ODE backwards (Chen et al., Neural Ordinary Differential Equations,
-2018, algorithm 1; Pontryagin). It keeps the states at the output times only, and is the gradient of the
-true solution up to the tolerance of both solves.
+*Continuous* integrates the adjoint ODE backwards (Chen et al., Neural Ordinary Differential
+Equations, 2018, algorithm 1; Pontryagin). It keeps the states at the output times only, and is the
+gradient of the true solution up to the tolerance of both solves.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ class Solver(Protocol):
         *,
         f0: Tensor | None = None,
         watch: Callable[[Any], None] | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """The solution at the output times, [times, *state]; `watch` gets every accepted step."""
+        ...
 
 
-# --- which tensors a field's value depends on -------------------------------------------------------
+# --- which tensors a field's value depends on -----------------------------------------------------
 
 
 def gradient_sources(func: Callable[..., Any], f0: Tensor) -> list[Tensor]:
     """Tensors that require grad and that the field depends on.
 
-    A module's parameters and tensor attributes, what a function closes over, and every leaf that the
-    graph of `f0`, the field's value under grad, leads to.
+    A module's parameters and tensor attributes, what a function closes over, and every leaf that
+    the graph of `f0`, the field's value under grad, leads to.
     """
     known = [x for x in _held_tensors(func) if x.requires_grad]
     sources = list({id(x): x for x in known}.values())
@@ -107,7 +109,7 @@ def frozen_buffers(func: Callable[..., Any]) -> Iterator[None]:
                 buffer.copy_(copy)
 
 
-# --- what both gradients share ----------------------------------------------------------------------
+# --- what both gradients share --------------------------------------------------------------------
 
 
 @dataclass
@@ -117,14 +119,17 @@ class Call:
     Attributes:
         problem: The problem; its y0 and shifts are inputs of the gradient.
         solve: The solver.
+        start: Evaluates the field as the solver does first.
         stats: Gets the counts of the backward pass too.
         f0: The derivative at the start, detached, if it is known.
         params: The tensors besides y0 and t that want a gradient.
-        event_times: For a solve that an event ended, its time (solver time), put there by the solver.
+        event_times: For a solve that an event ended, its time (solver time), put there by the
+            solver.
     """
 
     problem: Problem
     solve: Solver
+    start: Callable[[Problem], Tensor]
     stats: SolveStats
     f0: Tensor | None
     params: list[Tensor]
@@ -149,7 +154,7 @@ class Call:
     def differentiable_gradient(
         self, grad: Tensor, y0: Tensor, shift: Tensor | None, params: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """The gradient by autograd through the solver, itself differentiable (second derivatives)."""
+        """The gradient by autograd through the solver: it can be differentiated again."""
         with torch.enable_grad():
             solution = self.solve(self.plain(y0, shift), SolveStats())
             return _grad([solution], [y0, shift, *params], [grad], create_graph=True)
@@ -190,7 +195,7 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-# --- discrete ---------------------------------------------------------------------------------------
+# --- discrete -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -208,8 +213,8 @@ class DiscreteCall(Call):
     """A call with the discrete gradient.
 
     Attributes:
-        keep_steps: Whether the steps' states stay in memory until the backward pass; if not, it solves
-            once more to get them.
+        keep_steps: Whether the steps' states stay in memory until the backward pass; if not, it
+            solves once more to get them.
     """
 
     keep_steps: bool = True
@@ -242,7 +247,7 @@ class _Discrete(torch.autograd.Function):
         return solution
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         call: DiscreteCall = ctx.call
         y0, shift, *params = ctx.saved_tensors
         with frozen_buffers(call.problem.original):
@@ -268,12 +273,8 @@ def _discrete_gradient(
     sources = [*leaves, *params]
     adj_y: Tensor | None = None
     adj_f: Tensor | None = None
-    output = len(times) - 1
     for point in reversed(call.checkpoints):
-        last = output
-        while output > 0 and times[output] > point.interval.t0:
-            output -= 1
-        inside = slice(output + 1, last + 1)
+        inside = point.interval.inside(times)
         with torch.enable_grad():
             y = point.y0.detach().requires_grad_()
             f = None if point.f0 is None else point.f0.detach().requires_grad_()
@@ -284,7 +285,7 @@ def _discrete_gradient(
             )
             step = point.recipe(interval, y, f)
             block = None
-            if last > output:
+            if inside.start < inside.stop:
                 block = step.interpolate(times[inside], shifts[inside])
             adj_y, adj_f, *parts = _grad(
                 [block, step.y1, step.f1], [y, f, *sources], [grad[inside], adj_y, adj_f]
@@ -293,7 +294,7 @@ def _discrete_gradient(
     if adj_f is not None:
         with torch.enable_grad():
             y = y0.detach().requires_grad_()
-            start = vector_field(times[0], y, shifts[0])
+            start = call.start(call.plain(y, torch.stack(leaves) if leaves else None))
             part_y, *parts = _grad([start], [y, *sources], [adj_f])
         adj_y = _plus(adj_y, part_y)
         totals = [_plus(total, part) for total, part in zip(totals, parts, strict=True)]
@@ -309,11 +310,11 @@ def _discrete_gradient(
 def discrete(call: DiscreteCall) -> Tensor:
     """Solves; the result's backward pass makes the steps again. [times, *state]."""
     y0, shift = call.inputs()
-    solution: Tensor = _Discrete.apply(call, y0, shift, *call.params)  # type: ignore[no-untyped-call]
+    solution: Tensor = _Discrete.apply(call, y0, shift, *call.params)
     return solution
 
 
-# --- continuous -------------------------------------------------------------------------------------
+# --- continuous -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -330,7 +331,8 @@ class AdjointOptions:
 class Spread:
     """A forward step with many output times inside.
 
-    The backward solve does not stop at them: their gradients go through the quartic interpolant to its
+    The backward solve does not stop at them: their gradients go through the quartic interpolant to
+        its
     five data, which lie at the step's ends and middle.
     """
 
@@ -388,7 +390,7 @@ class _Continuous(torch.autograd.Function):
         return solution
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         call: ContinuousCall = ctx.call
         y0, shift, solution, *params = ctx.saved_tensors
         with frozen_buffers(call.problem.original):
@@ -400,15 +402,17 @@ class _Continuous(torch.autograd.Function):
 def continuous(call: ContinuousCall) -> Tensor:
     """Solves; the result's backward pass integrates the adjoint ODE. [times, *state]."""
     y0, shift = call.inputs()
-    solution: Tensor = _Continuous.apply(call, y0, shift, *call.params)  # type: ignore[no-untyped-call]
+    solution: Tensor = _Continuous.apply(call, y0, shift, *call.params)
     return solution
 
 
 class _AugmentedField:
     """The adjoint ODE of (t's gradient, y, a, parameters' gradients), in solver time.
 
-    a' = -a df/dy, and likewise the gradients with respect to t and the parameters. The one with respect
-    to t is integrated even if nobody asks for it, because torchdiffeq does: its error takes part in the
+    a' = -a df/dy, and likewise the gradients with respect to t and the parameters. The one with
+    respect
+    to t is integrated even if nobody asks for it, because torchdiffeq does: its error takes part in
+        the
     choice of steps.
     """
 
@@ -615,4 +619,3 @@ def _solve_back(
         solution = call.solve(backward, SolveStats())
     parts = backward.restore(solution)
     return [part[1] for part in parts], backward.suggested_step
-

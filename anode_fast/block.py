@@ -78,7 +78,7 @@ class AugODEBlock(nn.Module):
             )
         self.field = field
         self.augment_dim = size("AugODEBlock", "augment_dim", augment_dim, least=0)
-        self.t = _check_interval(t)
+        self.t = t
         self.method = method
         self.rtol = rtol
         self.atol = atol
@@ -327,13 +327,13 @@ class AugODEBlock(nn.Module):
             return
         if isinstance(augmentation, str) or not callable(augmentation):
             raise InvalidArgument(
-                f"AugODEBlock: augmentation is {augmentation!r}, want 'zeros' or a module that maps "
-                "x to the augmented part"
+                f"AugODEBlock: augmentation is {augmentation!r}, want 'zeros' or a module that "
+                "maps x to the augmented part"
             )
         if self.augment_dim == 0:
             raise InvalidArgument(
-                "AugODEBlock: there is an augmentation module, but augment_dim is 0. Set "
-                "augment_dim to the number of columns or channels that the module returns."
+                "AugODEBlock: there is an augmentation module, but augment_dim is 0. "
+                "Set augment_dim to the number of columns or channels that the module returns."
             )
 
 

@@ -1,8 +1,8 @@
 """The step-size controller: pure functions of numbers, one formula for all backends.
 
 Parity with torchdiffeq 0.2.5 rests on these few lines: the same initial step, error ratio and next
-step give the same accepted and rejected steps. `dt` is a Python float under step_control="batch" and a
-tensor with one entry per row under "sample".
+step give the same accepted and rejected steps. `dt` is a Python float under step_control="batch"
+and a tensor with one entry per row under "sample".
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Controller:
         safety: Share of the optimal step that is taken.
         ifactor: Largest growth of the step from one to the next.
         dfactor: Smallest factor by which a rejected step shrinks.
-        min_step: Steps are not made smaller; an attempt of this size is accepted whatever its error.
+        min_step: Steps are not made smaller; an attempt of this size is accepted whatever its
+            error.
         max_step: Steps are not made larger.
     """
 
@@ -73,7 +74,7 @@ def first_guess(d0: float, d1: float) -> float:
 
 
 def initial_step(h0: float, d1: float, d2: float, order: int) -> float:
-    """The first step, from the Euler step h0 and the norms d1 of f and d2 of f'. Source as above."""
+    """The first step, from the Euler step h0 and the norms of f (d1) and f' (d2). Source: above."""
     if d1 <= 1e-15 and d2 <= 1e-15:
         h1 = max(1e-6, h0 * 1e-3)
     else:

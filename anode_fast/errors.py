@@ -1,9 +1,11 @@
 """What a solve or a call can fail with.
 
-Two families. Bad arguments are `InvalidArgument` (a ValueError) or `InvalidType` (a TypeError), raised
-before any work. A solve that cannot go on raises a `SolverError`. Both families also derive from
+Two families. Bad arguments are `InvalidArgument` (a ValueError) or `InvalidType` (a TypeError),
+raised before any work. A solve that cannot go on raises a `SolverError`. Both families also derive
+from
 AssertionError: programs written for torchdiffeq catch that and look at how the message starts, so
-"underflow in dt", "max_num_steps exceeded" and "non-finite values in state" are part of the interface.
+"underflow in dt", "max_num_steps exceeded" and "non-finite values in state" are part of the
+interface.
 """
 
 
@@ -36,7 +38,7 @@ class EventNotFound(SolverError):
 
 
 class NonDeterministicField(SolverError):
-    """The field gives different values for the same (t, y), so no step size can meet the tolerance."""
+    """The field gives different values for the same (t, y), so no step meets the tolerance."""
 
 
 class NonlinearSolveFailed(SolverError):

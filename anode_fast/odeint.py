@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -42,28 +43,33 @@ def odeint(
             ([batch, 1, ...] under step_control="sample"), `y` what y0 is.
         y0: State at t[0]: a floating point or complex tensor of any shape, or a tuple of tensors.
         t: Times, 1-D, floating point, strictly increasing or decreasing, on any device.
-        rtol, atol: Tolerances of the error per step, atol + rtol * |y|: numbers, tensors that broadcast
-            against y0, or for a tuple state one per part.
-        method: Name of a method (docs/differences-from-torchdiffeq.md lists them); default "dopri5".
+        rtol, atol: Tolerances of the error per step, atol + rtol * |y|: numbers, tensors that
+            broadcast against y0, or for a tuple state one per part.
+        method: Name of a method (docs/differences-from-torchdiffeq.md lists them); default
+            "dopri5".
         options: Options of the method, torchdiffeq's names.
-        event_fn: Maps (t, y) to a tensor; the solve ends where an entry changes sign. `t` then holds
-            the start and any later (or earlier) time that tells the direction.
-        backend: "auto", "reference", "cpu" or "triton". A named one that cannot run the call raises.
+        event_fn: Maps (t, y) to a tensor; the solve ends where an entry changes sign. `t` then
+            holds the start and any later (or earlier) time that tells the direction.
+        backend: "auto", "reference", "cpu" or "triton". A named one that cannot run the call
+            raises.
         step_control: "batch": one step size, the norm over the whole batch. "sample": every row of
             [batch, ...] takes its own steps (adaptive methods).
-        gradient: "autograd" (through the solver's operations), "discrete" (exact, remakes each step,
-            memory of the accepted steps' states), "continuous" (the adjoint ODE); "auto" is "autograd".
+        gradient: "autograd" (through the solver's operations), "discrete" (exact, remakes each
+            step, memory of the accepted steps' states), "continuous" (the adjoint ODE); "auto" is
+            "autograd".
         return_stats: Also return the `SolveStats`.
 
     Returns:
-        The solution, [len(t), *y0.shape] (a tuple of those for a tuple), y0 first. With event_fn: the
-        event's time (0-d) and the states at start and event, [2, *y0.shape]. With return_stats: a pair
-        of that and the SolveStats.
+        The solution, [len(t), *y0.shape] (a tuple of those for a tuple), y0 first. With event_fn:
+        the event's time (0-d) and the states at start and event, [2, *y0.shape]. With return_stats:
+        a pair of that and the SolveStats.
 
     Raises:
-        InvalidArgument (a ValueError), InvalidType (a TypeError): A bad argument, before any work, or a
+        InvalidArgument (a ValueError), InvalidType (a TypeError): A bad argument, before any work,
+        or a
             field whose value does not fit the state, at its first evaluation.
-        SolverError: The solve cannot go on: StepSizeUnderflow, MaxStepsExceeded, NonFiniteState, ...
+        SolverError: The solve cannot go on: StepSizeUnderflow, MaxStepsExceeded, NonFiniteState,
+            ...
 
     The step budget options["max_num_steps"] counts attempts over the whole solve; its default is
     100,000 (4,000 for an event).
@@ -107,14 +113,16 @@ def odeint_adjoint(
     """`odeint` with memory that does not grow with the steps: gradients by an adjoint method.
 
     "auto" integrates the adjoint ODE for methods that choose their steps ("continuous"), and for
-    fixed-step methods without adjoint_rtol, _atol, _method or _options solves once more in the backward
-    pass and differentiates step by step ("discrete": the exact gradient of the computed answer).
+    fixed-step methods without adjoint_rtol, _atol, _method or _options solves once more in the
+    backward pass and differentiates step by step ("discrete": the exact gradient of the computed
+    answer).
 
     Args:
         func: As in `odeint`. An nn.Module unless adjoint_params is given.
         y0, t, rtol, atol, method, options, event_fn: As in `odeint`.
         adjoint_rtol, adjoint_atol, adjoint_method: Of the adjoint ODE; default: the forward ones.
-        adjoint_options: Its options; default: `options` without "norm". Its "norm" may be "seminorm".
+        adjoint_options: Its options; default: `options` without "norm". Its "norm" may be
+            "seminorm".
         adjoint_params: The tensors besides y0 and t that get gradients; one tensor means that one.
             Default: the module's parameters and every other tensor its first value depends on.
         backend, step_control, gradient, return_stats: As in `odeint`.
@@ -123,19 +131,20 @@ def odeint_adjoint(
         As `odeint`.
 
     Raises:
-        As `odeint`; InvalidArgument also for a plain function without adjoint_params, and for another
-        adjoint_method with options but without adjoint_options.
+        As `odeint`; InvalidArgument also for a plain function without adjoint_params, and for
+        another adjoint_method with options but without adjoint_options.
     """
     _refuse_unknown("odeint_adjoint", unknown)
     if adjoint_params is None and not isinstance(func, nn.Module):
         raise InvalidArgument(
-            f"odeint_adjoint: func is a {type(func).__name__}, not an nn.Module, so its parameters are "
-            "not known. Pass adjoint_params=(...), or adjoint_params=() if there are none."
+            f"odeint_adjoint: func is a {type(func).__name__}, not an nn.Module, so its "
+            "parameters are not known. Pass adjoint_params=(...), or adjoint_params=() if there "
+            "are none."
         )
     if adjoint_method not in (None, method) and options is not None and adjoint_options is None:
         raise InvalidArgument(
-            "odeint_adjoint: with another adjoint_method, options cannot serve as adjoint_options too. "
-            "Pass adjoint_options (perhaps {})."
+            "odeint_adjoint: with another adjoint_method, options cannot serve as "
+            "adjoint_options too. Pass adjoint_options (perhaps {})."
         )
     problem = make_problem(
         func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
@@ -180,8 +189,8 @@ def odeint_event(
     Args:
         func, y0: As in `odeint`.
         t0: Start, 0-d or 1-element tensor.
-        event_fn: Maps (t, y) to a tensor; the first sign change of an entry is the event. Parameters in
-            it get gradients.
+        event_fn: Maps (t, y) to a tensor; the first sign change of an entry is the event.
+            Parameters in it get gradients.
         reverse_time: Whether to search backwards from t0.
         odeint_interface: `odeint` or `odeint_adjoint`.
         **kwargs: Passed to it.
@@ -198,8 +207,8 @@ def odeint_event(
     direction = -1.0 if reverse_time else 1.0
     t = torch.cat([start, start.detach() + direction])
     event_t, solution = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
-    # The solve above took the event's time as given. Now let it move with the state (and with what the
-    # event function depends on): first-order terms whose value is zero.
+    # The solve above took the event's time as given. Now let it move with the state (and with what
+    # the event function depends on): first-order terms whose value is zero.
     problem = make_problem(func, y0, t.detach(), event_fn=event_fn, warn=False)
     field, event = problem.field, problem.event_fn
     ends = [s[-1] for s in solution] if problem.layout else [solution[-1]]
@@ -223,9 +232,7 @@ def odeint_event(
         state = state + slope * moved.to(slope.dtype)
     if problem.layout:
         ends = list(problem.layout.unpack(state))
-        joined = tuple(
-            torch.cat([s[:-1], e[None]]) for s, e in zip(solution, ends, strict=True)
-        )
+        joined = tuple(torch.cat([s[:-1], e[None]]) for s, e in zip(solution, ends, strict=True))
         return event_t, joined
     return event_t, torch.cat([solution[:-1], state[None].to(solution.dtype)])
 
@@ -288,8 +295,8 @@ class DenseOutput:
             if not solution.t0 <= at <= solution.t1:
                 ends = [problem.field.user_time(end) for end in (solution.t0, solution.t1)]
                 raise InvalidArgument(
-                    f"odeint_dense: t={problem.field.user_time(at)} lies outside the solved interval "
-                    f"from {ends[0]} to {ends[1]}"
+                    f"odeint_dense: t={problem.field.user_time(at)} lies outside the solved "
+                    f"interval from {ends[0]} to {ends[1]}"
                 )
         shifts = list((flat - flat.detach()).unbind()) if flat.requires_grad else None
         states = problem.restore(solution(flat.tolist(), shifts))
@@ -310,7 +317,7 @@ def explain(
     gradient: str = "auto",
     **kwargs: Any,
 ) -> str:
-    """Which path `odeint` with these arguments would take, and why not a faster one. Solves nothing."""
+    """Which path `odeint` would take with these arguments, and why not a faster one. No solve."""
     tolerances = {name: kwargs[name] for name in ("rtol", "atol") if name in kwargs}
     problem = make_problem(
         func, y0, t, method=method, options=options, event_fn=kwargs.get("event_fn"), **tolerances
@@ -381,10 +388,11 @@ def _solve_with_gradient(
 ) -> tuple[Tensor, float | None]:
     """A solve without a graph through it, whose backward pass is the plan's gradient."""
     f0 = None
+    first_derivative = functools.partial(reference.first_derivative, by_row=plan.by_row)
     if len(problem.times) > 1 and problem.family != SCIPY:
         # The solve's own first evaluation, under grad: it shows what the field depends on.
         start = replace(problem, y0=problem.y0.detach(), shifts=None)
-        value = reference.first_derivative(start)
+        value = first_derivative(start)
         if params is None:
             params = adjoint.gradient_sources(problem.original, value)
         f0 = value.detach()
@@ -395,7 +403,14 @@ def _solve_with_gradient(
         with torch.no_grad():
             return _solve(problem, stats, plan, f0)
     call: adjoint.DiscreteCall | adjoint.ContinuousCall
-    shared = dict(problem=problem, solve=reference.solve, stats=stats, f0=f0, params=params)
+    shared = dict(
+        problem=problem,
+        solve=functools.partial(reference.solve, by_row=True) if plan.by_row else reference.solve,
+        start=first_derivative,
+        stats=stats,
+        f0=f0,
+        params=params,
+    )
     if plan.gradient == "discrete":
         call = adjoint.DiscreteCall(**shared, keep_steps=plan.keep_steps)  # type: ignore[arg-type]
     else:

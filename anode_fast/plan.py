@@ -31,7 +31,8 @@ class Plan:
     Attributes:
         backend: "reference".
         gradient: "autograd", "discrete" or "continuous".
-        keep_steps: For "discrete": whether the steps' states stay in memory until the backward pass.
+        keep_steps: For "discrete": whether the steps' states stay in memory until the backward
+            pass.
         by_row: Whether every row takes its own steps.
         reasons: Why, one sentence each.
     """
@@ -72,8 +73,8 @@ def choose(
             raise InvalidArgument(f"odeint: {name} is {value!r}, want one of {', '.join(allowed)}")
     if backend in _NOT_BUILT:
         raise InvalidArgument(
-            f'odeint: backend="{backend}" cannot run this call: {_NOT_BUILT[backend]}. Use "auto" or '
-            '"reference".'
+            f'odeint: backend="{backend}" cannot run this call: {_NOT_BUILT[backend]}. Use '
+            '"auto" or "reference".'
         )
     reasons = [
         "backend: asked for"
@@ -88,17 +89,22 @@ def choose(
         reasons.append("gradient: " + reason)
     else:
         reasons.append("gradient: asked for")
-    if gradient == "discrete" and by_row:
-        gradient = "autograd"
-        reasons.append('gradient: step_control="sample" keeps its steps in autograd\'s graph instead')
+    if by_row and (
+        problem.family != ADAPTIVE or problem.y0.dim() < 1 or problem.layout or problem.event_fn
+    ):
+        raise InvalidArgument(
+            'odeint: step_control="sample" needs an adaptive method, no event, and a state '
+            f"[batch, ...] that is one tensor, got method {problem.method} and a state of shape "
+            f"{tuple(problem.y0.shape)}{' (a tuple)' if problem.layout else ''}."
+        )
     if gradient == "discrete" and not one_step:
         raise InvalidArgument(
-            f'odeint: gradient="discrete" needs a one-step method, and {problem.method} is none. Use '
-            '"autograd" or "continuous".'
+            f'odeint: gradient="discrete" needs a one-step method, and {problem.method} is none. '
+            'Use "autograd" or "continuous".'
         )
     if gradient == "continuous" and by_row:
         raise InvalidArgument(
-            'odeint: gradient="continuous" needs step_control="batch". Use gradient="autograd".'
+            'odeint: gradient="continuous" needs step_control="batch". Use gradient="discrete".'
         )
     return Plan("reference", gradient, keep_steps, by_row, tuple(reasons))
 
@@ -110,7 +116,11 @@ def _automatic(
     if not is_adjoint:
         return "autograd", True, "odeint differentiates through the solver's own operations"
     if by_row:
-        return "autograd", True, 'step_control="sample" has no adjoint ODE here'
+        return (
+            "discrete",
+            True,
+            'step_control="sample" has no adjoint ODE; its steps are made again',
+        )
     if problem.family in (ADAPTIVE, ADAMS, SCIPY):
         return "continuous", True, "odeint_adjoint integrates the adjoint ODE"
     if has_adjoint_options:
@@ -127,7 +137,8 @@ def describe(problem: Problem, plan: Plan) -> str:
         f"backend: {plan.backend}",
         f"gradient: {plan.gradient}"
         + (", solving once more in the backward pass" if not plan.keep_steps else ""),
-        f"step control: {'one step size per row' if plan.by_row else 'one step size for the batch'}",
+        "step control: "
+        f"{'one step size per row' if plan.by_row else 'one step size for the batch'}",
         f"state: {state}{tuple(problem.y0.shape)} {problem.y0.dtype} on {problem.y0.device}",
         "because:",
         *(f"  {reason}" for reason in plan.reasons),

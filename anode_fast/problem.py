@@ -1,7 +1,8 @@
 """A call of the solver, validated and brought to one normal form: `Problem`.
 
-Solvers see increasing time on the host, one flat state tensor, one field, numbers for tolerances. That
-the user's time ran backwards, that the state was a tuple or in half precision, is known only here.
+Solvers see increasing time on the host, one flat state tensor, one field, numbers for tolerances.
+That the user's time ran backwards, that the state was a tuple or in half precision, is known only
+here.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ MAX_GRID = 10_000_000
 
 def rms_norm(x: Tensor) -> Tensor:
     """Root mean square of all entries; 0 for an empty tensor."""
-    return torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1))
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm / math.sqrt(max(x.numel(), 1))
 
 
 def mixed_norm(parts: Sequence[Tensor]) -> Tensor | float:
@@ -133,9 +135,10 @@ class Problem:
         """The error for a solution whose first nan or inf is at output time `index`."""
         before = self.t[max(index - 1, 0)].item()
         return NonFiniteState(
-            f"non-finite values in state: nan or inf first seen at t={self.t[index].item():.9g} (finite "
-            f"at t={before:.9g}) with the fixed-step method {self.method}. Use smaller steps "
-            "(options['step_size']), an adaptive method, or look at the field's weights and inputs."
+            f"non-finite values in state: nan or inf first seen at t={self.t[index].item():.9g} "
+            f"(finite at t={before:.9g}) with the fixed-step method {self.method}. Use smaller "
+            "steps (options['step_size']), an adaptive method, or look at the field's weights "
+            "and inputs."
         )
 
     def callback(self, name: str) -> Callable[[float, Tensor, float], None] | None:
@@ -158,11 +161,9 @@ class Problem:
         Raises:
             InvalidArgument: A grid that does not run from the first to the last output time.
         """
-        step_size, constructor = self.options.get("step_size"), self.options.get("grid_constructor")
+        step_size: float | None = self.options.get("step_size")
+        constructor: Callable[..., Tensor] | None = self.options.get("grid_constructor")
         first, last = (self.shifts[0], self.shifts[-1]) if self.shifts else (None, None)
-        if step_size is None and constructor is None:
-            shifts: Sequence[Tensor | None] = self.shifts or [None] * len(self.times)
-            return self._with_jumps(list(zip(self.times, shifts, strict=True)))
         # In t's own dtype, as torchdiffeq does it: rounding decides whether 0.3 / 0.1 is 3 steps.
         t = self.t.detach().cpu()
         t = -t if self.backwards else t
@@ -170,17 +171,20 @@ class Problem:
             steps = math.ceil(((t[-1] - t[0]) / step_size + 1).item())
             if steps > MAX_GRID:
                 raise InvalidArgument(
-                    f"odeint: step_size={step_size} makes {steps - 1} steps between t="
-                    f"{self.t[0].item():g} and {self.t[-1].item():g}; at most {MAX_GRID} are taken. "
-                    "Use a larger step_size."
+                    f"odeint: step_size={step_size} makes {steps - 1} steps between "
+                    f"t={self.t[0].item():g} and {self.t[-1].item():g}; at most {MAX_GRID} are "
+                    "taken. Use a larger step_size."
                 )
             points = torch.arange(0, steps, dtype=t.dtype) * step_size + t[0]
             points[-1] = t[-1]
-        else:
+        elif constructor is not None:
             state = self.layout.unpack(self.y0) if self.layout else self.y0
             # As torchdiffeq does it, the constructor sees the user's own time.
             points = constructor(self.original, state, self.t.detach())
             points = (-points if self.backwards else points).detach().cpu()
+        else:  # one step from each output time to the next
+            shifts: Sequence[Tensor | None] = self.shifts or [None] * len(self.times)
+            return self._with_jumps(list(zip(self.times, shifts, strict=True)))
         grid = points.tolist()
         if not grid or grid[0] != self.times[0] or grid[-1] != self.times[-1]:
             raise InvalidArgument(
@@ -293,16 +297,17 @@ def _check_state(y0: State) -> tuple[Layout | None, Tensor]:
         parts = y0
     else:
         raise InvalidType(
-            f"odeint: y0 is a {type(y0).__name__}{' (empty or not all tensors)' if isinstance(y0, tuple) else ''}, "
-            "want a tensor or a tuple of tensors. A list or dict state goes in as "
-            "tuple(y0) or tuple(y0.values()), and the field gets and returns that tuple."
+            "odeint: y0 is a "
+            f"{type(y0).__name__}{' (empty or not all tensors)' if isinstance(y0, tuple) else ''}, "
+            "want a tensor or a tuple of tensors. A list or dict state goes in as tuple(y0) or "
+            "tuple(y0.values()), and the field gets and returns that tuple."
         )
     for i, part in enumerate(parts):
         name = "y0" if len(parts) == 1 else f"y0[{i}]"
         if not (part.is_floating_point() or part.is_complex()):
             raise InvalidType(
-                f"odeint: {name} has dtype {part.dtype}, want a floating point or complex dtype, for "
-                f"example {name}.float()."
+                f"odeint: {name} has dtype {part.dtype}, want a floating point or complex dtype, "
+                f"for example {name}.float()."
             )
         if part.device != parts[0].device:
             raise InvalidArgument(f"odeint: y0 lies on {parts[0].device} and {part.device}")
@@ -313,8 +318,8 @@ def _check_state(y0: State) -> tuple[Layout | None, Tensor]:
         bad = (~finite).sum().item()
         kind = "nan" if torch.isnan(state.detach()).any() else "inf"
         raise NonFiniteState(
-            f"non-finite values in state y0: {kind} among {bad} of {state.numel()} entries before the "
-            "first step. Look at what made y0."
+            f"non-finite values in state y0: {kind} among {bad} of {state.numel()} entries before "
+            "the first step. Look at what made y0."
         )
     return layout, state
 
@@ -351,8 +356,8 @@ def _check_times(t: Any, event: bool) -> tuple[list[float], bool]:
             sign = -1 if backwards else 1
             raise InvalidArgument(
                 "odeint: t must be strictly increasing or decreasing, got "
-                f"t[{i - 1}]={sign * times[i - 1]} and t[{i}]={sign * times[i]}. Drop repeated times "
-                "before the call, for example with torch.unique."
+                f"t[{i - 1}]={sign * times[i - 1]} and t[{i}]={sign * times[i]}. Drop repeated "
+                "times before the call, for example with torch.unique."
             )
     return times, backwards
 
@@ -363,7 +368,8 @@ def _check_tolerance(
     if layout and isinstance(tolerance, (tuple, list)):
         if len(tolerance) != len(layout.shapes):
             raise InvalidArgument(
-                f"odeint: {name} has {len(tolerance)} entries for a state of {len(layout.shapes)} parts"
+                f"odeint: {name} has {len(tolerance)} entries for a state of {len(layout.shapes)} "
+                "parts"
             )
         parts = [
             torch.as_tensor(part, dtype=torch.float64, device=state.device).expand(size)
@@ -374,7 +380,9 @@ def _check_tolerance(
         try:
             value = float(tolerance)
         except (TypeError, ValueError):
-            raise InvalidType(f"odeint: {name} is {tolerance!r}, want a number or a tensor") from None
+            raise InvalidType(
+                f"odeint: {name} is {tolerance!r}, want a number or a tensor"
+            ) from None
         if not (math.isfinite(value) and value >= 0):
             raise InvalidArgument(f"odeint: {name} is {value}, want a finite number >= 0")
         return value
@@ -388,8 +396,8 @@ def _check_tolerance(
         torch.broadcast_shapes(tolerance.shape, state.shape)
     except RuntimeError:
         raise InvalidArgument(
-            f"odeint: {name} of shape {tuple(tolerance.shape)} does not broadcast against the state's "
-            f"shape {tuple(state.shape)}"
+            f"odeint: {name} of shape {tuple(tolerance.shape)} does not broadcast against the "
+            f"state's shape {tuple(state.shape)}"
         ) from None
     real = state.dtype.to_real() if state.is_complex() else state.dtype
     return tolerance.to(device=state.device, dtype=real)
@@ -437,7 +445,8 @@ def _check_options(
         raise InvalidArgument("odeint: step_t and jump_t must not share times")
     if "dtype" in kept and kept["dtype"] not in (torch.float32, torch.float64):
         raise InvalidArgument(
-            f"odeint: option dtype (of times) is {kept['dtype']}, want torch.float32 or torch.float64"
+            f"odeint: option dtype (of times) is {kept['dtype']}, want torch.float32 or "
+            "torch.float64"
         )
     if kept.get("interp", "cubic") not in ("linear", "cubic"):
         raise InvalidArgument(
@@ -453,8 +462,8 @@ def _check_options(
     )
     if on_output_times and num_times == 2 and not event_fn and warn:
         warnings.warn(
-            f"{method}: without the option step_size it takes one single step from t[0] to t[1]. Give "
-            "options=dict(step_size=...) or more output times.",
+            f"{method}: without the option step_size it takes one single step from t[0] to t[1]. "
+            "Give options=dict(step_size=...) or more output times.",
             stacklevel=4,
         )
     return kept

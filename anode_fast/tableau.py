@@ -1,8 +1,10 @@
 """Butcher tableaus, exact and checked at import, of every Runge-Kutta method of the package.
 
 Conventions: `c` has one entry per stage, its leading 0 included. `b_err` gives the error estimate
-directly: solution minus embedded solution. `b_mid` gives the solution in the middle of the step, from
-which the interpolant is built. Coefficients are Fractions; solvers use the float64 views, made once.
+directly: solution minus embedded solution. `b_mid` gives the solution in the middle of the step,
+    from
+which the interpolant is built. Coefficients are Fractions; solvers use the float64 views, made
+once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The user's field as the solvers see it: f(t, y) in increasing time, flat, checked and counted.
 
-Everything that can be wrong with a field is found here, at its first evaluation, so that no solver has
-to look. Everything that a field may do to its arguments is undone here too: a field that writes into
-its input gets a copy, one that returns the same buffer every time has it copied.
+Everything that can be wrong with a field is found here, at its first evaluation, so that no solver
+has to look. Everything that a field may do to its arguments is undone here too: a field that writes
+into its input gets a copy, one that returns the same buffer every time has it copied.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Layout:
     """How a tuple of tensors lies in one flat tensor, and back.
 
     Args:
-        parts: The tuple. Parts of different dtypes share their promoted dtype in the flat tensor; if
-            only some are complex, those are stored as pairs of reals.
+        parts: The tuple. Parts of different dtypes share their promoted dtype in the flat tensor;
+            if only some are complex, those are stored as pairs of reals.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -74,8 +74,8 @@ class VectorField:
     """f(t, y) of a problem in normal form.
 
     Args:
-        func: The user's callable (t, y) -> dy/dt. Gets t as a 0-d tensor in the state's real dtype on
-            the state's device, or one per row, [batch, 1, ...], under step_control="sample".
+        func: The user's callable (t, y) -> dy/dt. Gets t as a 0-d tensor in the state's real dtype
+            on the state's device, or one per row, [batch, 1, ...], under step_control="sample".
         state_dtype: dtype in which `func` gets and returns the state.
         device: Device of the state.
         layout: For tuple states: `func` gets and returns a tuple, solvers a flat tensor.
@@ -84,8 +84,8 @@ class VectorField:
 
     Attributes:
         nfe: Evaluations made so far.
-        noise: Unit roundoff of what the field really computes in, if coarser than the solver's dtype
-            (half precision states, autocast), else 0. Known after the first evaluation.
+        noise: Unit roundoff of what the field really computes in, if coarser than the solver's
+            dtype (half precision states, autocast), else 0. Known after the first evaluation.
     """
 
     def __init__(
@@ -206,8 +206,8 @@ class VectorField:
             )
         self._writes_input = True
         warnings.warn(
-            "odeint: the field writes into its input state; it gets a copy at every evaluation. Use "
-            "out-of-place operations on y (for example nn.ReLU(inplace=False)) to save that.",
+            "odeint: the field writes into its input state; it gets a copy at every evaluation. "
+            "Use out-of-place operations on y (for example nn.ReLU(inplace=False)) to save that.",
             stacklevel=2,
         )
 
@@ -217,8 +217,8 @@ class VectorField:
             value = self._packed(value)
         elif not isinstance(value, Tensor):
             raise InvalidType(
-                f"odeint: the field returned a {type(value).__name__} for a state that is one tensor "
-                f"of shape {tuple(y.shape)}. Return a tensor of that shape."
+                f"odeint: the field returned a {type(value).__name__} for a state that is one "
+                f"tensor of shape {tuple(y.shape)}. Return a tensor of that shape."
             )
         root = value if value._base is None else value._base
         if self.nfe == 1 or self._reuses_output or root is self._last_output:
@@ -231,8 +231,8 @@ class VectorField:
         if value.shape != y.shape:
             raise InvalidArgument(
                 f"odeint: the field returned shape {tuple(value.shape)} for a state of shape "
-                f"{tuple(y.shape)}; the two must be equal (nothing is broadcast). A field takes (t, y) "
-                "in this order; SciPy's odeint has (y, t)."
+                f"{tuple(y.shape)}; the two must be equal (nothing is broadcast). A field takes "
+                "(t, y) in this order; SciPy's odeint has (y, t)."
             )
         if value.dtype != self._solver_dtype:
             value = self._cast(value)
@@ -241,7 +241,8 @@ class VectorField:
                 f"odeint: the field returned a tensor on {value.device} for a state on {y.device}. "
                 "Move the field's parameters and constants to the state's device."
             )
-        return value
+        checked: Tensor = value
+        return checked
 
     def _packed(self, value: Any) -> Tensor:
         layout = self.layout
@@ -249,29 +250,29 @@ class VectorField:
             raise InvalidType("odeint: no tuple state to pack")
         if not isinstance(value, (tuple, list)):
             raise InvalidType(
-                f"odeint: the state is a tuple of {len(layout.shapes)} tensors, but the field returned "
-                f"a {type(value).__name__}. Return a tuple with one derivative per part."
+                f"odeint: the state is a tuple of {len(layout.shapes)} tensors, but the field "
+                f"returned a {type(value).__name__}. Return a tuple with one derivative per part."
             )
         if len(value) != len(layout.shapes):
             raise InvalidArgument(
-                f"odeint: the state is a tuple of {len(layout.shapes)} tensors, but the field returned "
-                f"{len(value)} parts. Return one derivative per part."
+                f"odeint: the state is a tuple of {len(layout.shapes)} tensors, but the field "
+                f"returned {len(value)} parts. Return one derivative per part."
             )
         for i, (part, shape) in enumerate(zip(value, layout.shapes, strict=True)):
             if not isinstance(part, Tensor):
                 raise InvalidType(
-                    f"odeint: part {i} of the field's value is a {type(part).__name__}, want a tensor "
-                    f"of shape {tuple(shape)}."
+                    f"odeint: part {i} of the field's value is a {type(part).__name__}, want a "
+                    f"tensor of shape {tuple(shape)}."
                 )
             if part.shape != shape:
                 raise InvalidArgument(
-                    f"odeint: part {i} of the field's value has shape {tuple(part.shape)}, but part "
-                    f"{i} of the state has shape {tuple(shape)}; the two must be equal."
+                    f"odeint: part {i} of the field's value has shape {tuple(part.shape)}, but "
+                    f"part {i} of the state has shape {tuple(shape)}; the two must be equal."
                 )
             if part.is_complex() and not layout.dtypes[i].is_complex:
                 raise InvalidType(
-                    f"odeint: part {i} of the field's value is complex ({part.dtype}), but part {i} of "
-                    f"the state y0 is {layout.dtypes[i]}. Start from a complex y0."
+                    f"odeint: part {i} of the field's value is complex ({part.dtype}), but part "
+                    f"{i} of the state y0 is {layout.dtypes[i]}. Start from a complex y0."
                 )
         return layout.pack(value)
 
@@ -280,14 +281,14 @@ class VectorField:
         want = self._dtype
         if value.is_complex() and not want.is_complex:
             raise InvalidType(
-                f"odeint: the field's value is complex ({value.dtype}), but the state y0 is {want}. "
-                "Start from a complex y0, for example y0.to(torch.complex128)."
+                f"odeint: the field's value is complex ({value.dtype}), but the state y0 is "
+                f"{want}. Start from a complex y0, for example y0.to(torch.complex128)."
             )
         under_autocast = torch.is_autocast_enabled(self._device.type) and value.is_floating_point()
         if value.dtype != want and not under_autocast and not self.layout:
             raise InvalidType(
-                f"odeint: the field returned {value.dtype} for a state of {want}. Make the field, its "
-                f"parameters and y0 share one dtype, for example y0.to({value.dtype}) or "
+                f"odeint: the field returned {value.dtype} for a state of {want}. Make the field, "
+                f"its parameters and y0 share one dtype, for example y0.to({value.dtype}) or "
                 f"field.to({want})."
             )
         if under_autocast:

@@ -334,3 +334,11 @@ def test_wrong_types(make):
         InvalidType, match="state is torch.float32, but the weights are torch.float64"
     ):
         field(torch.tensor(0.5), y.float())
+
+
+def test_compile_makes_one_graph_and_counts():
+    field, t, y = MLPField(3, 4), torch.tensor(0.5), torch.randn(5, 3)
+    compiled = torch.compile(field, backend="eager", fullgraph=True)
+    values = [compiled(t, y) for _ in range(10)]  # more than dynamo recompiles one function
+    assert field.nfe == 10
+    torch.testing.assert_close(values[-1], field(t, y), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Reference solvers in pure PyTorch: any callable, every method. The oracle, and the general path."""
+"""Reference solvers in pure PyTorch: any callable, every method. Oracle and general path."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ from anode_fast.reference.adams import AdamsRecipe
 from anode_fast.reference.dense import DenseSolution, solution_at
 from anode_fast.reference.events import solve_until_event
 from anode_fast.reference.implicit import ImplicitRecipe
-from anode_fast.reference.runge_kutta import FixedRecipe, adaptive_steps, grid_steps, solve_by_row
+from anode_fast.reference.runge_kutta import (
+    FixedRecipe,
+    adaptive_steps,
+    grid_steps,
+    row_times,
+    solve_by_row,
+)
 from anode_fast.reference.scipy import solve_with_scipy
-from anode_fast.reference.step import OneStep, Recipe, Step
+from anode_fast.reference.step import GridStep, Interval, Step
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import TABLEAUS
 
@@ -48,7 +54,7 @@ def steps(
     return grid_steps(problem, grid_recipe(problem), grid, stats, f0)
 
 
-def grid_recipe(problem: Problem) -> Recipe:
+def grid_recipe(problem: Problem) -> Callable[[Interval, Tensor, Tensor | None], GridStep]:
     """How the problem's fixed-step method makes one step."""
     options, field = problem.options, problem.field
     linear = options.get("interp", "cubic") == "linear"
@@ -80,12 +86,14 @@ def is_one_step(problem: Problem) -> bool:
     return problem.family not in (ADAMS, SCIPY)
 
 
-def first_derivative(problem: Problem) -> Tensor:
-    """f at the first output time, exactly as the problem's method evaluates it first."""
+def first_derivative(problem: Problem, *, by_row: bool = False) -> Tensor:
+    """The field at the first output time, exactly as the problem's method evaluates it first."""
+    shift = problem.shifts[0] if problem.shifts else None
+    if by_row:
+        return problem.field(row_times(problem.times[0], problem.y0), problem.y0, shift)
     side = 0
     if problem.family != ADAPTIVE and problem.family != SCIPY:
         side = int(bool(problem.options.get("perturb", "jump_t" in problem.options)))
-    shift = problem.shifts[0] if problem.shifts else None
     return problem.field(problem.times[0], problem.y0, shift, side)
 
 
@@ -108,19 +116,12 @@ def solve(
 
     Raises:
         SolverError: The solve cannot go on.
-        InvalidArgument: `by_row` with a method that does not choose its steps, or a state without rows.
     """
     before = problem.field.nfe - (f0 is not None)
     if len(problem.times) == 1:
         solution = problem.y0.unsqueeze(0).clone()
     elif by_row:
-        if problem.family != ADAPTIVE or problem.y0.dim() < 1 or problem.layout:
-            raise InvalidArgument(
-                f'odeint: step_control="sample" needs an adaptive method and a state [batch, ...] that '
-                f"is one tensor, got method {problem.method} and a state of shape "
-                f"{tuple(problem.y0.shape)}."
-            )
-        solution = solve_by_row(problem, TABLEAUS[problem.method], stats, f0)
+        solution = solve_by_row(problem, TABLEAUS[problem.method], stats, f0, watch)
     elif problem.family == SCIPY:
         solution = solve_with_scipy(problem)
     else:
@@ -164,8 +165,10 @@ def _watched(stream: Iterable[Step], watch: Watch | None) -> Iterator[Step]:
 
 
 def _check_finite(problem: Problem, solution: Tensor) -> None:
-    """Fixed steps judge no error, so nan shows only here. On a GPU this would be a synchronisation,
-    which fixed-step solves do not have."""
+    """Raises if a fixed-step solution holds nan or inf: fixed steps judge no error on their way.
+
+    Not called on a GPU, where it would be the only synchronisation of a fixed-step solve.
+    """
     finite = torch.isfinite(solution.detach()).flatten(1).all(1)
     if not finite.all():
         raise problem.non_finite_output(int((~finite).nonzero()[0]))
@@ -173,7 +176,6 @@ def _check_finite(problem: Problem, solution: Tensor) -> None:
 
 __all__ = [
     "DenseSolution",
-    "OneStep",
     "dense",
     "first_derivative",
     "is_one_step",

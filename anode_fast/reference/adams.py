@@ -29,8 +29,8 @@ MIN_ORDER, MAX_ORDER = 4, 12
 def adams_weights(order: int, *, implicit: bool) -> tuple[Fraction, ...]:
     """Weights w of y1 = y0 + h * sum_j w_j f_j for constant steps h, newest derivative first.
 
-    w_j is the integral over [0, 1] of the Lagrange polynomial of the node j. In units of h, from the
-    start of the step, the nodes are 0, -1, ... (explicit: Adams-Bashforth) or 1, 0, -1, ...
+    w_j is the integral over [0, 1] of the Lagrange polynomial of the node j. In units of h, from
+    the start of the step, the nodes are 0, -1, ... (explicit: Adams-Bashforth) or 1, 0, -1, ...
     (implicit: Adams-Moulton); there are `order` of them.
 
     Source: Hairer, Norsett, Wanner, Solving ODEs I, 2nd ed., III.1, equations (1.4) to (1.9).
@@ -58,9 +58,9 @@ def _floats(order: int, implicit: bool) -> tuple[float, ...]:
 class AdamsRecipe:
     """One step of an Adams method after those made before; it keeps their derivatives.
 
-    The first steps, until there are 3 derivatives, are rk4's. From there on the order grows by one a
-    step up to `max_order` (implicit) or `max_order` - 1 (explicit). The weights are those of constant
-    steps, whatever the grid.
+    The first steps, until there are 3 derivatives, are rk4's. From there on the order grows by one
+    a step up to `max_order` (implicit) or `max_order` - 1 (explicit). The weights are those of
+    constant steps, whatever the grid.
 
     Args:
         field: The field.
@@ -95,8 +95,8 @@ class AdamsRecipe:
         self.max_order = _positive("max_order", max_order)
         if self.max_order > MAX_ORDER:
             raise InvalidArgument(
-                f"odeint: option max_order is {max_order}, want at most {MAX_ORDER}: the weights of "
-                "higher orders alternate and grow, and amplify rounding."
+                f"odeint: option max_order is {max_order}, want at most {MAX_ORDER}: the weights "
+                "of higher orders alternate and grow, and amplify rounding."
             )
         if self.max_order < MIN_ORDER:
             warnings.warn(
@@ -149,12 +149,12 @@ class AdamsRecipe:
             return
         self._warned = True
         warnings.warn(
-            "odeint: functional iteration did not converge: after "
-            f"{self.max_iters} iterations in the step from t="
-            f"{self.field.user_time(interval.t0):.9g} to {self.field.user_time(interval.t1):.9g} it "
-            "still changed the step by more than atol + rtol * |step|. The solution may be wrong. Use "
-            "smaller steps (options['step_size']), more iterations (options['max_iters']), looser "
-            "tolerances, or an implicit Runge-Kutta method if the problem is stiff.",
+            f"odeint: functional iteration did not converge: after {self.max_iters} iterations in "
+            f"the step from t={self.field.user_time(interval.t0):.9g} to "
+            f"{self.field.user_time(interval.t1):.9g} it still changed the step by more than atol "
+            "+ rtol * |step|. The solution may be wrong. Use smaller steps "
+            "(options['step_size']), more iterations (options['max_iters']), looser tolerances, "
+            "or an implicit Runge-Kutta method if the problem is stiff.",
             stacklevel=2,
         )
 

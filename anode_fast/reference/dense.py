@@ -26,12 +26,10 @@ def solution_at(
     if done == len(times):
         return blocks[0].clone()
     for step in steps:
-        inside = done
-        while inside < len(times) and times[inside] <= step.interval.t1:
-            inside += 1
-        if inside > done:
-            blocks.append(step.interpolate(times[done:inside], shifts[done:inside]))
-            done = inside
+        inside = slice(done, step.interval.inside(times).stop)
+        if inside.start < inside.stop:
+            blocks.append(step.interpolate(times[inside], shifts[inside]))
+            done = inside.stop
         if done == len(times):
             break
     return torch.cat(blocks)

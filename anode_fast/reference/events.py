@@ -72,6 +72,6 @@ def _not_found(problem: Problem, t: float, taken: int) -> EventNotFound:
     start, end = problem.field.user_time(problem.times[0]), problem.field.user_time(t)
     return EventNotFound(
         f"no event found between t={start:.9g} and t={end:.9g} in {taken} steps: event_fn did not "
-        "change sign there. Check that this trajectory has the event, and the direction of time, or "
-        "raise options['max_num_steps']."
+        "change sign there. Check that this trajectory has the event, and the direction of time, "
+        "or raise options['max_num_steps']."
     )

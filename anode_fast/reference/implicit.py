@@ -1,14 +1,14 @@
 """Implicit Runge-Kutta methods: fixed steps whose stage equations are solved by Newton's method.
 
 Sources: Hairer, Wanner, Solving ODEs II, 2nd ed., IV.8 (simplified Newton iterations); Deuflhard,
-Newton Methods for Nonlinear Problems (2004), 3.3 (damping by the natural monotonicity test); Saad,
-Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986).
+Newton Methods for Nonlinear Problems (2004), 3.3 (damping by the natural monotonicity test);
+Eisenstat, Elman, Schultz, SIAM J. Numer. Anal. 20 (1983) (generalised conjugate residuals).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from anode_fast.errors import InvalidArgument, NonlinearSolveFailed
-from anode_fast.reference.step import Factor, GridStep, Interval, combine
+from anode_fast.reference.step import GridStep, Interval, combine
 from anode_fast.tableau import ButcherTableau
 from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
 
@@ -25,25 +25,28 @@ MOST_DENSE_UNKNOWNS = 512
 """Real unknowns of one system up to which its matrix is formed and factorised."""
 
 MOST_KRYLOV_VECTORS = 200
-"""Dimension at which GMRES gives up; the next Newton iteration starts it afresh."""
+"""Directions after which an iterative linear solve stops; the next Newton iteration goes on."""
 
 FRACTION = 0.01
-"""Part of the tolerance that may be left of the error of the stage equations."""
+"""Part of the tolerance that may be left as error of the stage equations."""
 
 QUICK = 0.1
 """Contraction per iteration up to which a Jacobian is kept."""
+
+LEAST_DAMPING = 0.1
+"""Damping from which on a correction of the size of rounding is taken for rounding."""
 
 
 @dataclass
 class ImplicitRecipe:
     """One step of an implicit Runge-Kutta method.
 
-    The stages k_i = f(t + c_i h, y + h sum_j a_ij k_j) of a diagonally implicit tableau are solved one
-    after the other, those of a fully implicit one together. Complex states are solved for as pairs of
-    reals, so a field need not be holomorphic. Every iteration synchronises with the host.
+    The stages k_i = f(t + c_i h, y + h sum_j a_ij k_j) of a diagonally implicit tableau are solved
+    one after the other, those of a fully implicit one together. Complex states are solved for as
+    pairs of reals, so a field need not be holomorphic. Every iteration synchronises with the host.
 
-    First derivatives are exact for the converged stages, by the implicit function theorem. Second ones
-    are not available: asking for them raises autograd's error.
+    First derivatives are exact for the converged stages, by the implicit function theorem. Second
+    ones are not available: asking for them raises autograd's error.
 
     Args:
         field: The field. Newton's method needs it to be differentiable by autograd; up to
@@ -51,7 +54,8 @@ class ImplicitRecipe:
         tableau: An implicit tableau.
         linear, perturb: As in `GridStep`.
         max_iters: Most iterations for one system of stage equations.
-        tolerances: rtol, atol: stages are solved to `FRACTION` of atol + rtol * |y|, or to rounding.
+        tolerances: rtol, atol: stages are solved to `FRACTION` of atol + rtol * |y|, or to
+            rounding.
 
     Raises:
         NonlinearSolveFailed: The stage equations could not be solved.
@@ -66,18 +70,18 @@ class ImplicitRecipe:
 
     def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> GridStep:
         a, c = self.tableau.a_float, self.tableau.c_float
-        start, ks = _to_real(y), list[Tensor]()
-        slope0 = f0
+        start, slope0 = _to_real(y), f0
+        ks: list[Tensor] = []
         for block in _blocks(a):
-            system = _Stages(self, interval, y, start, ks, block)
-            if any(a[block[0]][j] for j in block):
-                ks.extend(system.solve())
-            elif c[block[0]] == 0 and f0 is not None:
-                ks.append(_to_real(f0))
+            stages = _Stages(self, interval, y, start, ks, block)
+            if any(map(any, stages.a)):
+                ks.extend(stages.solve())
+            elif c[block[0]] == 0:
+                if slope0 is None:
+                    slope0 = _to_state(stages.values(stages.base)[0], y)
+                ks.append(_to_real(slope0))
             else:
-                ks.extend(system.values(system.points(None)))
-                if c[block[0]] == 0:
-                    slope0 = _to_state(ks[-1], y)
+                ks.extend(stages.values(stages.base))
         y1 = _to_state(combine(start, ks, self.tableau.b_float, interval.h), y)
         return GridStep(
             self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=slope0
@@ -106,7 +110,7 @@ def _to_state(x: Tensor, like: Tensor) -> Tensor:
 
 
 class _Stages:
-    """The equations g(k) = k - f(base + h A k) = 0 of the m stages of a block; k is [m, n]."""
+    """The equations k = f(base + h A k) of the m stages of a block; k is [m, n]."""
 
     def __init__(
         self,
@@ -117,24 +121,24 @@ class _Stages:
         known: Sequence[Tensor],
         block: range,
     ) -> None:
-        tableau, perturb = recipe.tableau, recipe.perturb
-        sides = {0.0: NEXT, 1.0: PREV} if perturb else {}
+        tableau = recipe.tableau
+        sides = {0.0: NEXT, 1.0: PREV} if recipe.perturb else {}
         nodes = [tableau.c_float[i] for i in block]
         self.recipe, self.interval, self.y = recipe, interval, y
         self.times = [(*interval.at(c), sides.get(c, HERE)) for c in nodes]
         self.base = [combine(start, known, tableau.a_float[i], interval.h) for i in block]
         self.a = [[tableau.a_float[i][j] for j in block] for i in block]
         self.dt = interval.t1 - interval.t0
+        rtol, atol = recipe.tolerances
+        tolerance = (rtol * y.detach().abs() + atol) * FRACTION
+        if y.is_complex():
+            tolerance = torch.stack([tolerance, tolerance], -1)
+        self.tolerance = tolerance.reshape(-1)
 
-    def points(self, k: Tensor | None, h: Factor | None = None) -> list[Tensor]:
+    def points(self, k: Tensor) -> list[Tensor]:
         """The states at which the stages are evaluated, m times [n]."""
-        if k is None:
-            return self.base
-        step = self.dt if h is None else h
-        return [
-            combine(base, k.unbind(), row, step)
-            for base, row in zip(self.base, self.a, strict=True)
-        ]
+        h, ks = self.interval.h, k.unbind()
+        return [combine(base, ks, row, h) for base, row in zip(self.base, self.a, strict=True)]
 
     def values(self, points: Sequence[Tensor]) -> list[Tensor]:
         """The field at `points`, m times [n]."""
@@ -147,261 +151,232 @@ class _Stages:
         """The stages, differentiable with respect to all that they depend on if grad is enabled."""
         with torch.no_grad():
             k = _newton(self)
-        if torch.is_grad_enabled():
-            points = self.points(k, self.interval.h)
+        if k.numel() and torch.is_grad_enabled():
+            points = self.points(k)
             values = self.values(points)
             if any(value.requires_grad for value in values):
-                if not points[0].requires_grad:
-                    lin = _linearise(self, points)
-                else:
-                    lin = _Linearisation(points, values)
-                k = _Implicit.apply(torch.stack(values), k, _linear_solver(self, lin))
+                attached = points[0].requires_grad
+                lin = _Linearisation(points, values) if attached else _linearise(self, points)
+                solver = _linear_solver(self, lin)
+                k = _Implicit.apply(torch.stack(values), k, solver)
         return k.unbind()
 
 
 class _Implicit(torch.autograd.Function):
-    """The root k of k - f(k, everything else), as a function of the value of f.
+    """The root k of k = f(k, everything else), as a function of the value of f.
 
-    Of dk = J_k dk + df the part df flows on to the graph of f, so dk = M^-1 df with M = 1 - J_k.
+    dk = h A J dk + df, where df is what flows on to the graph of f; so dk = M^-1 df.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, k: Tensor, linear: _LinearSolver) -> Tensor:
-        ctx.linear = linear
+    def forward(ctx: Any, value: Tensor, k: Tensor, solver: _LinearSolver) -> Tensor:
+        ctx.solver = solver
         return k.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.linear.solve(grad, transposed=True), None, None
+        return ctx.solver.solve(grad, transposed=True), None, None
 
 
-# --- linear algebra -------------------------------------------------------------------------------
+# --- linear systems -------------------------------------------------------------------------------
 
 
 @dataclass
 class _Linearisation:
-    """Values of the field at the points of m stages, m times [n], as graphs between the two."""
+    """Points of m stages and the field's values there, m times [n] each, with the graph between."""
 
     points: list[Tensor]
     values: list[Tensor]
 
-    def vjp(self, i: int, v: Tensor, create_graph: bool = False) -> Tensor:
-        """J_i^T v for v [n]."""
-        return self._grad(i, v, create_graph, False)
+    def vjp(self, i: int, v: Tensor, **how: bool) -> Tensor:
+        """J_i^T v for v [n]; a row for each row of v if is_grads_batched."""
+        value, point = self.values[i], self.points[i]
+        if not value.requires_grad:  # the field does not depend on y
+            return torch.zeros_like(v)
+        (out,) = torch.autograd.grad(value, point, v, retain_graph=True, allow_unused=True, **how)
+        return torch.zeros_like(v) if out is None else out
 
     def jacobian(self, i: int) -> Tensor:
         """J_i, [n, n]."""
-        eye = torch.eye(self.points[i].numel()).to(self.points[i])
+        point = self.points[i]
+        eye = torch.eye(point.numel(), dtype=point.dtype, device=point.device)
         try:
-            return self._grad(i, eye, False, True)
+            return self.vjp(i, eye, is_grads_batched=True)
         except RuntimeError:  # an operation that vmap cannot batch
             return torch.stack([self.vjp(i, row) for row in eye])
 
-    def _grad(self, i: int, v: Tensor, create_graph: bool, batched: bool) -> Tensor:
-        value, point = self.values[i], self.points[i]
-        if not value.requires_grad:
-            return torch.zeros_like(v)
-        (grad,) = torch.autograd.grad(
-            value,
-            point,
-            v,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        return torch.zeros_like(v) if grad is None else grad
-
 
 def _linearise(stages: _Stages, points: Sequence[Tensor]) -> _Linearisation:
-    # A field can be differentiated in inference mode too, at a state made outside of it.
+    # A field can be differentiated in inference mode too, at points made outside of it.
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [point.detach().clone().requires_grad_() for point in points]
         return _Linearisation(leaves, stages.values(leaves))
 
 
 class _LinearSolver(Protocol):
+    """Solves with M = 1 - h [a_ij J_i], the Jacobian of k - f(base + h A k)."""
+
     def solve(self, right: Tensor, *, transposed: bool = False) -> Tensor:
-        """M^-1 right, or M^-T right, for right [m, n]."""
+        """M^-1 right, or M^-T right; [m, n]. Not finite if M is singular."""
 
 
-def _linear_solver(stages: _Stages, linearisation: _Linearisation) -> _LinearSolver:
-    unknowns = len(stages.a) * linearisation.points[0].numel()
-    kind = _Dense if unknowns <= MOST_DENSE_UNKNOWNS else _Krylov
-    return kind(linearisation, stages.a, stages.dt)
+def _linear_solver(stages: _Stages, lin: _Linearisation) -> _LinearSolver:
+    unknowns = len(stages.a) * lin.points[0].numel()
+    kind = _Dense if unknowns <= MOST_DENSE_UNKNOWNS else _MatrixFree
+    return kind(lin, stages.a, stages.dt)
 
 
 class _Dense:
-    """M = 1 - h [a_ij J_i], factorised."""
+    """Forms and factorises M."""
 
     def __init__(self, lin: _Linearisation, a: list[list[float]], h: float) -> None:
-        m, n = len(a), lin.points[0].numel()
-        rows = []
-        for i in range(m):
-            jacobian = lin.jacobian(i).detach()
-            rows.append(torch.cat([jacobian * (-h * a[i][j]) for j in range(m)], dim=1))
-        matrix = torch.cat(rows)
+        jacobians = [lin.jacobian(i).detach() for i in range(len(a))]
+        matrix = torch.cat(
+            [
+                torch.cat([jacobian * (-h * weight) for weight in row], dim=1)
+                for jacobian, row in zip(jacobians, a, strict=True)
+            ]
+        )
         matrix.diagonal().add_(1)
-        # A singular matrix shows as nan or inf in the solution.
         self._lu, self._pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        self._shape = m, n
 
     def solve(self, right: Tensor, *, transposed: bool = False) -> Tensor:
         column = right.reshape(-1, 1)
-        out = torch.linalg.lu_solve(self._lu, self._pivots, column, adjoint=transposed)
-        return out.reshape(self._shape)
+        lu, pivots = self._lu, self._pivots
+        solution: Tensor = torch.linalg.lu_solve(lu, pivots, column, adjoint=transposed)
+        return solution.reshape_as(right)
 
 
-class _Krylov:
-    """M = 1 - h [a_ij J_i] as products with vectors, for GMRES."""
+class _MatrixFree:
+    """Solves by products with M, from one backward pass through the field for each."""
 
     def __init__(self, lin: _Linearisation, a: list[list[float]], h: float) -> None:
         self._lin = lin
-        self._ha = torch.tensor(a, dtype=torch.float64).mul(h).to(lin.points[0])
-        self._dummies: list[Tensor] = []
-        self._transposed: list[Tensor] = []
+        self._ha = torch.tensor(a, dtype=lin.points[0].dtype, device=lin.points[0].device) * h
+        self._pullbacks: list[tuple[Tensor, Tensor]] = []
 
     def solve(self, right: Tensor, *, transposed: bool = False) -> Tensor:
-        return _gmres(self._transposed_product if transposed else self._product, right)
+        return _conjugate_residuals(self._pulled if transposed else self._pushed, right)
 
-    def _product(self, x: Tensor) -> Tensor:
-        moved = self._ha @ x
-        return x - torch.stack([self._jvp(i, v) for i, v in enumerate(moved.unbind())])
+    def _pulled(self, x: Tensor) -> Tensor:
+        """M^T x, [m, n]."""
+        parts = [self._lin.vjp(i, v) for i, v in enumerate(x.unbind())]
+        return x - self._ha.T @ torch.stack(parts)
 
-    def _transposed_product(self, x: Tensor) -> Tensor:
-        pulled = torch.stack([self._lin.vjp(i, v) for i, v in enumerate(x.unbind())])
-        return x - self._ha.T @ pulled
+    def _pushed(self, x: Tensor) -> Tensor:
+        """M x, [m, n]. J v is the derivative of J^T u, which is linear in u, pulled back by v."""
+        self._pullbacks = self._pullbacks or self._make_pullbacks()
+        parts = []
+        for (u, pulled), v in zip(self._pullbacks, (self._ha @ x).unbind(), strict=True):
+            part = None
+            if pulled.requires_grad:
+                (part,) = torch.autograd.grad(pulled, u, v, retain_graph=True, allow_unused=True)
+            parts.append(torch.zeros_like(v) if part is None else part)
+        return x - torch.stack(parts)
 
-    def _jvp(self, i: int, v: Tensor) -> Tensor:
-        """J_i v: J_i^T u is linear in u, and its derivative in the direction v is what we want."""
-        if not self._dummies:
-            with torch.inference_mode(False), torch.enable_grad():
-                for j, value in enumerate(self._lin.values):
-                    dummy = torch.zeros_like(value).requires_grad_()
-                    self._dummies.append(dummy)
-                    self._transposed.append(self._lin.vjp(j, dummy, create_graph=True))
-        product, dummy = self._transposed[i], self._dummies[i]
-        if not product.requires_grad:
-            return torch.zeros_like(v)
-        (out,) = torch.autograd.grad(product, dummy, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if out is None else out
+    def _make_pullbacks(self) -> list[tuple[Tensor, Tensor]]:
+        with torch.inference_mode(False), torch.enable_grad():
+            us = [torch.zeros_like(value).requires_grad_() for value in self._lin.values]
+            try:
+                return [(u, self._lin.vjp(i, u, create_graph=True)) for i, u in enumerate(us)]
+            except RuntimeError as error:
+                raise InvalidArgument(
+                    f"odeint: implicit methods differentiate the field twice for states of over "
+                    f"{MOST_DENSE_UNKNOWNS} unknowns, but this field's backward pass cannot be "
+                    f"differentiated ({error}). Use operations that can, or smaller batches."
+                ) from error
 
 
-def _gmres(product: Any, right: Tensor) -> Tensor:
-    """Solves product(x) = right from x = 0, as far as `MOST_KRYLOV_VECTORS` vectors go."""
-    size = float(torch.linalg.vector_norm(right))
-    if size == 0 or not math.isfinite(size):
-        return right
-    enough = torch.finfo(right.dtype).eps ** (2 / 3)
-    basis = [right.reshape(-1) / size]
-    columns: list[list[float]] = []
-    rotations: list[tuple[float, float]] = []
-    rest = [size]
-    while len(columns) < MOST_KRYLOV_VECTORS and abs(rest[-1]) > enough * size:
-        v = product(basis[-1].reshape(right.shape)).reshape(-1)
-        column = [0.0] * len(basis)
-        for _ in range(2):  # Gram-Schmidt, twice is enough
-            parts = torch.stack(basis) @ v
-            v = v - parts @ torch.stack(basis)
-            column = [p + q for p, q in zip(column, parts.tolist(), strict=True)]
-        below = float(torch.linalg.vector_norm(v))
-        if not math.isfinite(below):
-            return torch.full_like(right, math.nan)
-        for i, (cos, sin) in enumerate(rotations):
-            upper, lower = column[i], column[i + 1]
-            column[i], column[i + 1] = cos * upper + sin * lower, cos * lower - sin * upper
-        radius = math.hypot(column[-1], below)
-        if radius == 0:
-            return torch.full_like(right, math.nan)
-        cos, sin = column[-1] / radius, below / radius
-        rotations.append((cos, sin))
-        column[-1] = radius
-        columns.append(column)
-        rest[-1:] = [cos * rest[-1], -sin * rest[-1]]
-        if below == 0:
+def _conjugate_residuals(product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
+    """Solves product(x) = right, nearly to rounding if `MOST_KRYLOV_VECTORS` directions suffice.
+
+    Every direction p and its product q are kept, the q orthonormal, so the residual is as small as
+    the directions allow (in exact arithmetic GMRES's).
+    """
+    residual, x = right.reshape(-1), torch.zeros_like(right).reshape(-1)
+    target = torch.finfo(right.dtype).eps ** 0.75 * float(torch.linalg.vector_norm(residual))
+    ps, qs = residual.new_empty(0, len(x)), residual.new_empty(0, len(x))
+    while len(ps) < MOST_KRYLOV_VECTORS:
+        if not float(torch.linalg.vector_norm(residual)) > target:
             break
-        basis.append(v / below)
-    weights = [0.0] * len(columns)
-    for i in reversed(range(len(columns))):
-        total = rest[i] - sum(columns[j][i] * weights[j] for j in range(i + 1, len(columns)))
-        weights[i] = total / columns[i][i]
-    return combine(None, basis, weights, 1.0).reshape(right.shape)
+        p, q = residual, product(residual.reshape(right.shape)).reshape(-1)
+        for _ in range(2):  # twice, for orthogonality to rounding
+            along = qs @ q
+            p, q = p - along @ ps, q - along @ qs
+        length = torch.linalg.vector_norm(q)
+        ps, qs = torch.cat([ps, (p / length)[None]]), torch.cat([qs, (q / length)[None]])
+        along = qs[-1] @ residual
+        x, residual = x + along * ps[-1], residual - along * qs[-1]
+    return x.reshape(right.shape)
 
 
 # --- Newton ---------------------------------------------------------------------------------------
 
 
 def _newton(stages: _Stages) -> Tensor:
-    """Solves the stage equations from k = 0, the state at rest; [m, n].
+    """Solves the stage equations from k = 0, the state at rest; k is [m, n].
 
-    A Jacobian is kept as long as corrections shrink quickly. A correction is accepted if the next one,
-    by the same Jacobian, is smaller; else it is damped.
+    A correction is accepted if the next one, by the same Jacobian, is smaller; else it is damped. A
+    Jacobian is kept while corrections shrink quickly.
+
+    Raises:
+        NonlinearSolveFailed: The iterations are used up, or the field is not finite at a point from
+            which there is no way back.
     """
-    recipe = stages.recipe
-    k = torch.stack([torch.zeros_like(base) for base in stages.base]).detach()
-    if k.numel() == 0:
+    k = torch.stack([torch.zeros_like(base) for base in stages.base])
+    if not k.numel():
         return k
-    damping, left = 1.0, recipe.max_iters
-    linear: _LinearSolver | None = None
-    residual, correction = k, k
-    while left > 0:
-        if linear is None:
+    residual = correction = k
+    damping, size, solver = 1.0, 0.0, None
+    iterations = 0
+    while iterations < stages.recipe.max_iters:
+        iterations += 1
+        if solver is None:
             lin = _linearise(stages, stages.points(k))
-            residual = k - torch.stack([value.detach() for value in lin.values])
-            linear = _linear_solver(stages, lin)
-            correction = -linear.solve(residual)
-            left -= 1
-            size, noise = _sizes(stages, k + correction, correction)
-            if not math.isfinite(size):
-                break
+            residual = k - torch.stack(lin.values).detach()
+            solver = _linear_solver(stages, lin)
+            correction = -solver.solve(residual)
+            size, _ = _sizes(stages, k, correction)
             if size < 1:
                 return k + correction
+            if not math.isfinite(size):
+                break
         trial = k + damping * correction
         trial_residual = trial - torch.stack(stages.values(stages.points(trial)))
-        following = -linear.solve(trial_residual)
-        left -= 1
-        size, noise = _sizes(stages, trial, correction)
+        following = -solver.solve(trial_residual)
         next_size, _ = _sizes(stages, trial, following)
-        if damping == 1 and size > 0 and next_size <= size and next_size < 1:
+        if damping == 1 and next_size < 1:
             return trial + following
-        contracts = next_size <= (1 - damping / 2) * size if damping < 1 else next_size < size
-        if contracts:
-            quick = damping == 1 and next_size < QUICK * size
-            k, residual, correction = trial, trial_residual, following
-            damping = min(1.0, 2 * damping)
-            if not quick:
-                linear = None
-        elif noise < 1:
+        if next_size < (1 - damping / 2) * size:
+            k, residual, correction, size = trial, trial_residual, following, next_size
+            if damping < 1 or next_size > QUICK * size:
+                solver = None
+            damping = min(2 * damping, 1.0)
+        elif damping < LEAST_DAMPING and _sizes(stages, k, correction)[1] < 1:
             return k
         else:
             damping /= 2
-    raise _failure(stages, k, residual)
+    raise _failure(stages, iterations, residual)
 
 
-def _sizes(stages: _Stages, k: Tensor, change: Tensor) -> tuple[float, float]:
-    """Largest entry of h * change, in units of what is small enough, and of what may be rounding."""
-    recipe = stages.recipe
-    rtol, atol = recipe.tolerances
-    points = torch.stack(stages.points(k)).abs()
-    y = stages.y.abs()
-    tolerance = (atol + rtol * y) * FRACTION
-    if stages.y.is_complex():
-        tolerance = tolerance.unsqueeze(-1).expand(*tolerance.shape, 2)
-    eps = max(torch.finfo(k.dtype).eps, recipe.field.noise)
-    enough = torch.maximum(tolerance.reshape(-1), 4 * eps * points)
-    moved = (stages.dt * change).abs()
+def _sizes(stages: _Stages, k: Tensor, correction: Tensor) -> tuple[float, float]:
+    """Largest entry of h * correction in units of what may be left, and of the rounding of y."""
+    moved, points = (correction * stages.dt).abs(), torch.stack(stages.points(k)).abs()
+    eps = max(torch.finfo(k.dtype).eps, stages.recipe.field.noise)
+    enough = torch.maximum(stages.tolerance, 4 * eps * points)
     rounding = 100 * eps * points.max()
-    return float((moved / enough).max()), float((moved / rounding).max())
+    least = torch.finfo(k.dtype).tiny ** 0.5  # 0 / 0 is 0
+    sizes = [float((moved / unit.clamp_min(least)).max()) for unit in (enough, rounding)]
+    return sizes[0], sizes[1]
 
 
-def _failure(stages: _Stages, k: Tensor, residual: Tensor) -> NonlinearSolveFailed:
-    recipe = stages.recipe
-    t = recipe.field.user_time(stages.interval.t0)
+def _failure(stages: _Stages, iterations: int, residual: Tensor) -> NonlinearSolveFailed:
+    t = stages.recipe.field.user_time(stages.interval.t0)
     return NonlinearSolveFailed(
-        f"stage equations of {recipe.tableau.name} not solved at t={t:.9g} with dt={stages.dt:.3g}: "
-        f"after {recipe.max_iters} Newton iterations the largest residual is "
-        f"{float(residual.abs().max()):.3g}. Use smaller steps (options['step_size']), raise "
-        "options['max_iters'], and check that the field is smooth and that autograd can "
-        "differentiate it with respect to y (no detach, no numpy)."
+        f"stage equations of {stages.recipe.tableau.name} not solved at t={t:.9g} with "
+        f"dt={stages.dt:.3g}: after {iterations} Newton iterations the largest residual is "
+        f"{float(residual.abs().max()):.3g}. Use smaller steps (options['step_size']) or raise "
+        "options['max_iters']; check that the field is smooth, and that autograd can differentiate "
+        "it with respect to y (no detach, no numpy)."
     )

@@ -1,14 +1,16 @@
 """Explicit Runge-Kutta methods: fixed steps, adaptive steps, and adaptive steps per row.
 
-Sources: Hairer, Norsett, Wanner, Solving ODEs I, 2nd ed., II.1 and II.4. The rules for steps, jumps and
+Sources: Hairer, Norsett, Wanner, Solving ODEs I, 2nd ed., II.1 and II.4. The rules for steps, jumps
+    and
 errors are torchdiffeq 0.2.5's, so that it takes the same steps.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +25,7 @@ from anode_fast.errors import (
     StepSizeUnderflow,
 )
 from anode_fast.problem import DEFAULT_MAX_STEPS, Norm, Problem
-from anode_fast.reference.step import GridStep, Interval, Recipe, Step, combine
+from anode_fast.reference.step import GridStep, Interval, Recipe, Step, combine, moved
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import ButcherTableau
 from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
@@ -32,7 +34,7 @@ MOST_NON_FINITE_ATTEMPTS = 16
 """Attempts that gave nan or inf, none of them passed, after which the solve gives up."""
 
 REJECTIONS_BEFORE_DOUBT = 8
-"""Rejections in a row after which the field is evaluated twice to see whether it is deterministic."""
+"""Rejections in a row after which two evaluations tell whether the field is deterministic."""
 
 
 def stages(
@@ -45,7 +47,8 @@ def stages(
 ) -> tuple[Tensor, list[Tensor]]:
     """The stage derivatives k_j of one step and the solution at its end.
 
-    A stage at the very end of the step is evaluated on `end_side` of it, in case the field jumps there.
+    A stage at the very end of the step is evaluated on `end_side` of it, in case the field jumps
+    there.
     """
     h = interval.h
     ks = [f0]
@@ -78,14 +81,12 @@ class FixedRecipe:
             k0 = self.field(interval.t0, y, interval.shift0, side)
         end_side = PREV if self.perturb else HERE
         y1, _ = stages(self.tableau, self.field, interval, y, k0, end_side)
-        return GridStep(
-            self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=k0
-        )
+        return GridStep(self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=k0)
 
 
 def grid_steps(
     problem: Problem,
-    recipe: Recipe,
+    recipe: Callable[[Interval, Tensor, Tensor | None], GridStep],
     grid: Iterable[tuple[float, Tensor | None]],
     stats: SolveStats,
     f0: Tensor | None = None,
@@ -131,7 +132,8 @@ class AdaptiveStep:
             [h * float(w) for w in self._weights(self.interval.fraction(t, None))] for t in times
         ]
         weights = torch.tensor(rows, dtype=self.y0.dtype, device=self.y0.device)
-        return self.y0 + torch.tensordot(weights, torch.stack(self.ks), dims=1)
+        changes: Tensor = torch.tensordot(weights, torch.stack(self.ks), dims=1)
+        return self.y0 + changes
 
     def _weights(self, x: float | Tensor) -> list[float | Tensor]:
         return [
@@ -213,20 +215,24 @@ class Marks:
 def floor_tolerances(problem: Problem) -> tuple[float | Tensor, float | Tensor]:
     """The tolerances, raised to the roundoff of what the field computes in.
 
-    Half precision states and autocast round every value of the field; asking for less than that makes
-    the controller chase noise.
+    Half precision states and autocast round every value of the field; asking for less than that
+    makes the controller chase noise.
     """
     noise = problem.field.noise
     if not noise:
         return problem.rtol, problem.atol
-    tolerances = []
-    for tolerance in (problem.rtol, problem.atol):
-        low = isinstance(tolerance, Tensor) or tolerance < noise
-        if isinstance(tolerance, Tensor):
-            tolerances.append(tolerance.clamp(min=noise))
-        else:
-            tolerances.append(noise if low else tolerance)
-    return tolerances[0], tolerances[1]
+    rtol, atol = (
+        tolerance.clamp(min=noise) if isinstance(tolerance, Tensor) else max(tolerance, noise)
+        for tolerance in (problem.rtol, problem.atol)
+    )
+    return rtol, atol
+
+
+def controller_of(problem: Problem, tableau: ButcherTableau) -> Controller:
+    """The controller with the problem's options."""
+    names = ("safety", "ifactor", "dfactor", "min_step", "max_step")
+    given = {name: problem.options[name] for name in names if name in problem.options}
+    return Controller(tableau.order, **given)
 
 
 def adaptive_steps(
@@ -243,10 +249,7 @@ def adaptive_steps(
         StepSizeUnderflow, MaxStepsExceeded, NonFiniteState, NonDeterministicField.
     """
     options, field, norm = problem.options, problem.field, problem.norm
-    names = ("safety", "ifactor", "dfactor", "min_step", "max_step")
-    controller = Controller(
-        tableau.order, **{name: options[name] for name in names if name in options}
-    )
+    controller = controller_of(problem, tableau)
     budget = int(options.get("max_num_steps", max_num_steps))
     rounded = _rounding(options.get("dtype", torch.float64))
     on_step, on_accept, on_reject = (
@@ -273,8 +276,9 @@ def adaptive_steps(
         if attempts >= budget:
             raise MaxStepsExceeded(
                 f"max_num_steps exceeded ({attempts}>={budget}) at t={field.user_time(t0):.9g}, "
-                f"dt={dt:.3g}: {stats.accepted} steps accepted, {stats.rejected} rejected. Loosen rtol "
-                "and atol, raise options['max_num_steps'], or look at whether the field became stiff."
+                f"dt={dt:.3g}: {stats.accepted} steps accepted, {stats.rejected} rejected. Loosen "
+                "rtol and atol, raise options['max_num_steps'], or look at whether the field "
+                "became stiff."
             )
         if on_step:
             on_step(t0, y, dt)
@@ -284,18 +288,18 @@ def adaptive_steps(
                 raise _non_finite(problem, t0, dt, attempts, y, f0)
             raise StepSizeUnderflow(
                 f"underflow in dt {dt:.3g} at t={field.user_time(t0):.9g} after {stats.accepted} "
-                f"accepted and {stats.rejected} rejected steps: no step that still advances t meets the "
-                f"tolerance{_worst_rows(problem, y)}. The solution may blow up there, the field may jump "
-                "(options['jump_t']) or be stiff (an implicit method), or rtol and atol are too tight "
-                f"for {y.dtype}."
+                f"accepted and {stats.rejected} rejected steps: no step that still advances t "
+                f"meets the tolerance{_worst_rows(problem, y)}. The solution may blow up there, "
+                "the field may jump (options['jump_t']) or be stiff (an implicit method), or "
+                f"rtol and atol are too tight for {y.dtype}."
             )
         mark = steps_end_on.before(t0, t1)
         jump = jumps.before(t0, t1 if mark is None else mark)
-        landed = mark is not None or jump is not None
-        if landed:
-            t1 = jump if jump is not None else mark
+        landing = mark if jump is None else jump
+        if landing is not None:
+            t1 = landing
             dt = rounded(t1 - t0)
-        step = recipe(Interval(t0, t1, shift, None if landed else shift), y, f0)
+        step = recipe(Interval(t0, t1, shift, None if landing is not None else shift), y, f0)
         with torch.no_grad():
             ratio = float(norm(scaled_error(step, rtol, atol)))
         if controller.accepts(dt, ratio):
@@ -341,9 +345,10 @@ def _non_finite(
     if f_bad.any() and y.dim() > 1:
         rows = f" in {int(f_bad.flatten(1).any(1).sum())} of {y.shape[0]} rows"
     return NonFiniteState(
-        f"non-finite values in state: {what}{rows} at t={problem.field.user_time(t):.9g}, dt={dt:.3g}, "
-        f"attempt {attempts}; the last accepted state there is finite. Look at the field's weights and "
-        "inputs at this t (a diverged training step, log or division), or clip them."
+        f"non-finite values in state: {what}{rows} at t={problem.field.user_time(t):.9g}, "
+        f"dt={dt:.3g}, attempt {attempts}; the last accepted state there is finite. Look at the "
+        "field's weights and inputs at this t (a diverged training step, log or division), or "
+        "clip them."
     )
 
 
@@ -365,117 +370,173 @@ def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
         # Threads may sum in another order; randomness (dropout) is far above that.
         if (first - second).abs().max() > 1e-4 * scale:
             raise NonDeterministicField(
-                f"the field is not deterministic: two evaluations at the same t={field.user_time(t):.9g} "
-                "and y differ, so no step meets the tolerance. Dropout or noise in the field? Put it in "
-                "eval mode, or draw the noise once per solve."
+                "the field is not deterministic: two evaluations at the same "
+                f"t={field.user_time(t):.9g} and y differ, so no step meets the tolerance. "
+                "Dropout or noise in the field? Put it in eval mode, or draw the noise once per "
+                "solve."
             )
 
 
-# --- adaptive steps, one step size per row ----------------------------------------------------------
+# --- adaptive steps, one step size per row --------------------------------------------------------
+
+
+@dataclass(slots=True)
+class RowInterval(Interval):
+    """An interval per row, in float64. Rows that do not take this step have `accept` False.
+
+    `low` and `high` bound the accepted rows' intervals on the host.
+    """
+
+    t0: Tensor  # type: ignore[assignment]
+    t1: Tensor  # type: ignore[assignment]
+    accept: Tensor | None = None
+    low: float = math.inf
+    high: float = -math.inf
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def h(self) -> Tensor:
+        """Step sizes, [batch, 1, ...], in the state's real dtype."""
+        return (self.t1 - self.t0).to(self.dtype)
+
+    def inside(self, times: Sequence[float]) -> slice:
+        """Which of the increasing `times` lie in some accepted row's interval."""
+        return slice(max(bisect_right(times, self.low), 1), bisect_right(times, self.high))
+
+
+@dataclass
+class RowStep(AdaptiveStep):
+    """A step that some rows take; the others stay where they are."""
+
+    interval: RowInterval
+
+    def interpolate(self, times: Sequence[float], shifts: Sequence[Tensor | None]) -> Tensor:
+        """The solution at `times`, [len(times), *state], 0 for rows that lack the time."""
+        return torch.stack([self._at(t, s) for t, s in zip(times, shifts, strict=True)])
+
+    def _at(self, time: float, shift: Tensor | None) -> Tensor:
+        at = self.interval
+        here = at.accept & (at.t0 < time) & (time <= at.t1)  # type: ignore[operator]
+        width = torch.where(here, at.t1 - at.t0, 1.0)
+        x = torch.where(here, (time - at.t0) / width, 0.0)
+        if shift is not None or at.shift0 is not None:
+            x = x + moved(shift, at.shift0) / width
+        value = combine(self.y0, self.ks, self._weights(x.to(at.dtype)), at.h)
+        return torch.where(here, value, 0.0)
+
+
+@dataclass
+class RowRecipe:
+    """One attempt of an adaptive method in which every row has its own interval."""
+
+    field: VectorField
+    tableau: ButcherTableau
+
+    def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> RowStep:
+        if f0 is None or not isinstance(interval, RowInterval):
+            raise TypeError("a step by row needs intervals by row and the derivative at its start")
+        y1, ks = stages(self.tableau, self.field, interval, y, f0, PREV)
+        step = RowStep(self.tableau, interval, y, y1, f0, ks[-1], ks, self)
+        return step if interval.accept is None else self.keep(step, interval.accept)
+
+    def keep(self, step: RowStep, accept: Tensor) -> RowStep:
+        """The step taken by the rows in `accept` only."""
+        step.y1 = torch.where(accept, step.y1, step.y0)
+        step.f1 = torch.where(accept, step.f1, step.f0)
+        return step
+
+
+def row_times(t: float, y: Tensor) -> Tensor:
+    """The time t for every row of y, [batch, 1, ...]."""
+    return torch.full((y.shape[0],) + (1,) * (y.dim() - 1), t, dtype=torch.float64, device=y.device)
 
 
 def solve_by_row(
-    problem: Problem, tableau: ButcherTableau, stats: SolveStats, f0: Tensor | None = None
+    problem: Problem,
+    tableau: ButcherTableau,
+    stats: SolveStats,
+    f0: Tensor | None = None,
+    watch: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """The solution at the output times, [times, batch, ...]; every row takes its own steps.
 
-    Rows that are done keep their state and a step of 0. The field gets t with one entry per row,
-    [batch, 1, ...]. Cost: as many evaluations as the row that needs most.
+    The field gets t with one entry per row, [batch, 1, ...]. Rows that are done stay where they are
+    and
+    take part with a step of 0: as many evaluations as the row that needs most.
 
     Raises:
         StepSizeUnderflow, MaxStepsExceeded, NonFiniteState.
     """
-    field, options = problem.field, problem.options
-    names = ("safety", "ifactor", "dfactor", "min_step", "max_step")
-    controller = Controller(
-        tableau.order, **{name: options[name] for name in names if name in options}
-    )
-    budget = int(options.get("max_num_steps", DEFAULT_MAX_STEPS))
-    recipe = AdaptiveRecipe(field, tableau)
-    y = problem.y0
-    shape = (y.shape[0],) + (1,) * (y.dim() - 1)
+    times = problem.times
+    shifts: Sequence[Tensor | None] = problem.shifts or [None] * len(times)
+    outputs = [torch.zeros_like(problem.y0)] * len(times)
+    outputs[0] = problem.y0
+    for step in row_steps(problem, tableau, stats, f0):
+        if watch:
+            watch(step)
+        inside = step.interval.inside(times)
+        if inside.start < inside.stop:
+            block = step.interpolate(times[inside], shifts[inside])
+            outputs[inside] = [a + b for a, b in zip(outputs[inside], block, strict=True)]
+    return torch.stack(outputs)
+
+
+def row_steps(
+    problem: Problem, tableau: ButcherTableau, stats: SolveStats, f0: Tensor | None
+) -> Iterator[RowStep]:
+    """Steps that at least one row accepts, until every row has reached the last output time."""
+    field, controller = problem.field, controller_of(problem, tableau)
+    budget = int(problem.options.get("max_num_steps", DEFAULT_MAX_STEPS))
+    recipe = RowRecipe(field, tableau)
+    y, t_end = problem.y0, problem.times[-1]
+    dtype = y.dtype.to_real() if y.is_complex() else y.dtype
     shift = problem.shifts[0] if problem.shifts else None
-    t = torch.full(shape, problem.times[0], dtype=torch.float64, device=y.device)
-    t_end = problem.times[-1]
+    t = row_times(problem.times[0], y)
     f = field(t, y, shift) if f0 is None else f0
     rtol, atol = floor_tolerances(problem)
     with torch.no_grad():
-        dt = _initial_step_by_row(field, t, y, f, tableau.order, rtol, atol)
-        if "first_step" in options:
-            dt = torch.full_like(t, options["first_step"])
+        if "first_step" in problem.options:
+            dt = torch.full_like(t, problem.options["first_step"])
+        else:
+            dt = _initial_step_by_row(field, t, y, f, tableau.order, rtol, atol)
         dt = dt.clamp(controller.min_step, controller.max_step)
-    outputs = [y] * len(problem.times)
-    accepted = torch.zeros(shape, dtype=torch.int64, device=y.device)
-    rejected = torch.zeros_like(accepted)
+    accepted, rejected = (torch.zeros(t.shape, dtype=torch.int64, device=y.device) for _ in "ab")
     running = t < t_end
     while running.any():
         if int((accepted + rejected).max()) >= budget:
             raise MaxStepsExceeded(
-                f"max_num_steps exceeded ({budget}) in {int(running.sum())} of {y.shape[0]} rows, the "
-                f"slowest at t={field.user_time(float(t.min())):.9g}. Loosen rtol and atol or raise "
-                "options['max_num_steps']."
+                f"max_num_steps exceeded ({budget}) in {int(running.sum())} of {y.shape[0]} rows, "
+                f"the slowest at t={field.user_time(float(t.min())):.9g}. Loosen rtol and atol or "
+                "raise options['max_num_steps']."
             )
         stuck = running & ~(t + dt > t)
         if stuck.any():
-            _raise_stuck_rows(problem, stuck, t, dt, f)
-        step_dt = torch.where(running, dt, 0.0)
-        # Where rows are done t1 = t0: dividing by the step there is masked below.
-        step = recipe(RowInterval(t, t + step_dt, shift, shift, y.dtype), y, f)
+            raise _stuck_rows(problem, stuck, t, dt, f)
+        t1 = torch.where(running, t + dt, t)
+        step = recipe(RowInterval(t, t1, shift, shift, dtype=dtype), y, f)
         with torch.no_grad():
-            ratio = _rms_by_row(scaled_error(step, rtol, atol)).reshape(shape).double()
+            ratio = _rms_by_row(scaled_error(step, rtol, atol)).reshape(t.shape).double()
             fits = (ratio <= 1) | ((dt <= controller.min_step) & ratio.isfinite())
             accept = running & fits
             accepted += accept
             rejected += running & ~fits
             dt = torch.where(running, controller.next_step_rows(dt, ratio), dt)
-        _write_outputs(problem, step, accept, outputs)
-        y = torch.where(accept, step.y1, y)
-        f = torch.where(accept, step.f1, f)
-        t = torch.where(accept, step.interval.t1, t)
-        running = t < t_end
-    if y.shape[0]:
-        stats.accepted, stats.rejected = int(accepted.max()), int(rejected.max())
-    return torch.stack(outputs)
-
-
-@dataclass(slots=True)
-class RowInterval(Interval):
-    """An interval per row; its step size is in the state's real dtype."""
-
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def h(self) -> Tensor:
-        """Step sizes, [batch, 1, ...]."""
-        dt: Tensor = self.t1 - self.t0  # type: ignore[assignment]
-        return dt.to(self.dtype.to_real() if self.dtype.is_complex else self.dtype)
-
-
-def _write_outputs(
-    problem: Problem, step: AdaptiveStep, accept: Tensor, outputs: list[Tensor]
-) -> None:
-    """The output times inside this step, for the rows in which it contains them."""
-    t0, t1 = step.interval.t0, step.interval.t1
-    with torch.no_grad():
-        starts, ends = torch.where(accept, t0, math.inf), torch.where(accept, t1, -math.inf)
-        low, high = (float(starts.min()), float(ends.max())) if len(accept) else (0.0, 0.0)
-    shifts = problem.shifts or [None] * len(problem.times)
-    for i, (time, shift) in enumerate(zip(problem.times, shifts, strict=True)):
-        if i == 0 or not low < time <= high:
+        if not accept.any():
             continue
-        here = accept & (t0 < time) & (time <= t1)
-        width = torch.where(here, t1 - t0, 1.0)
-        x = torch.where(here, (time - t0) / width, 0.0)
-        if shift is not None and step.interval.shift0 is not None:
-            x = x + (shift - step.interval.shift0) / width
-        x = x.to(step.interval.h.dtype)  # type: ignore[union-attr]
-        value = combine(step.y0, step.ks, step._weights(x), step.interval.h)
-        outputs[i] = torch.where(here, value, outputs[i])
+        low = float(torch.where(accept, t, math.inf).min())
+        high = float(torch.where(accept, t1, -math.inf).max())
+        step.interval = replace(step.interval, accept=accept, low=low, high=high)
+        step = recipe.keep(step, accept)
+        stats.accepted, stats.rejected = int(accepted.max()), int(rejected.max())
+        yield step
+        y, f, t = step.y1, step.f1, torch.where(accept, t1, t)
+        running = t < t_end
 
 
 def _rms_by_row(x: Tensor) -> Tensor:
     flat = x.flatten(1) if x.dim() > 1 else x[:, None]
-    return torch.linalg.vector_norm(flat, dim=1) / math.sqrt(max(flat.shape[1], 1))
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norms / math.sqrt(max(flat.shape[1], 1))
 
 
 def _initial_step_by_row(
@@ -504,28 +565,18 @@ def _initial_step_by_row(
     return torch.minimum(100 * h0, h1)
 
 
-def _raise_stuck_rows(problem: Problem, stuck: Tensor, t: Tensor, dt: Tensor, f: Tensor) -> None:
+def _stuck_rows(
+    problem: Problem, stuck: Tensor, t: Tensor, dt: Tensor, f: Tensor
+) -> NonFiniteState | StepSizeUnderflow:
     row = int(stuck.flatten().nonzero()[0])
     at, size = problem.field.user_time(float(t.flatten()[row])), float(dt.flatten()[row])
     rows = f"{int(stuck.sum())} of {stuck.shape[0]} rows, first in row {row}"
     if not torch.isfinite(f[row].detach()).all() or not math.isfinite(size):
-        raise NonFiniteState(
-            f"non-finite values in state: the field returned nan or inf in {rows}, at t={at:.9g}. Look "
-            "at the field's weights and at that row of the input."
+        return NonFiniteState(
+            f"non-finite values in state: the field returned nan or inf in {rows}, at t={at:.9g}. "
+            "Look at the field's weights and at that row of the input."
         )
-    raise StepSizeUnderflow(
-        f"underflow in dt {size:.3g} at t={at:.9g} in {rows}. The solution may blow up there, or rtol "
-        "and atol are too tight for the state's dtype."
+    return StepSizeUnderflow(
+        f"underflow in dt {size:.3g} at t={at:.9g} in {rows}. The solution may blow up there, or "
+        "rtol and atol are too tight for the state's dtype."
     )
-
-
-__all__ = [
-    "AdaptiveRecipe",
-    "AdaptiveStep",
-    "FixedRecipe",
-    "Step",
-    "adaptive_steps",
-    "grid_steps",
-    "solve_by_row",
-    "stages",
-]

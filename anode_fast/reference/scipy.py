@@ -32,7 +32,9 @@ def solve_with_scipy(problem: Problem) -> Tensor:
             f"odeint: option solver is {name!r}, want one of RK45 RK23 DOP853 Radau BDF LSODA"
         )
     if y0.is_complex() and name == "LSODA":
-        raise InvalidArgument("odeint: SciPy's LSODA takes real states; options=dict(solver='RK45')")
+        raise InvalidArgument(
+            "odeint: SciPy's LSODA takes real states; options=dict(solver='RK45')"
+        )
 
     def field(t: float, y: np.ndarray) -> np.ndarray:
         state = torch.as_tensor(y).reshape(y0.shape).to(dtype=y0.dtype, device=y0.device)
@@ -60,7 +62,9 @@ def solve_with_scipy(problem: Problem) -> Tensor:
             **limits,
         )
     except ValueError as error:
-        raise NonFiniteState(f"non-finite values in state: SciPy's {name} stopped: {error}") from error
+        raise NonFiniteState(
+            f"non-finite values in state: SciPy's {name} stopped: {error}"
+        ) from error
     if result.status < 0 or result.y.shape[1] != len(times):
         reached = problem.field.user_time(float(result.t[-1])) if len(result.t) else times[0]
         raise SolverError(f"SciPy's {name} gave up after t={reached:.9g}: {result.message}")

@@ -1,14 +1,15 @@
 """What all solvers yield: accepted steps. And the arithmetic that steps share.
 
-Every method yields `Step`s in increasing time. Output times, dense output, events and checkpoints are
-written once, over steps, and know no method. A one-step method is a *recipe*: called with an interval,
-the state and (if it carries one from step to step) the derivative at its start, it makes the step. The
-discrete gradient calls the same recipe again.
+Every method yields `Step`s in increasing time. Output times, dense output, events and checkpoints
+are written once, over steps, and know no method. A one-step method is a *recipe*: called with an
+interval, the state and (if it carries one from step to step) the derivative at its start, it makes
+the step. The discrete gradient calls the same recipe again.
 """
 
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,8 +27,8 @@ class Interval:
     """[t0, t1] of one step, in solver time.
 
     `shift0` and `shift1` are zero-valued 0-d tensors through which the gradient with respect to the
-    user's t flows, or None where none does. Under step_control="sample", t0 and t1 are tensors with one
-    entry per row that broadcast against the state.
+    user's t flows, or None where none does. Under step_control="sample", t0 and t1 are tensors with
+    one entry per row that broadcast against the state.
     """
 
     t0: float
@@ -41,7 +42,7 @@ class Interval:
         dt = self.t1 - self.t0
         if self.shift0 is self.shift1:
             return dt
-        return dt + _minus(self.shift1, self.shift0)
+        return dt + moved(self.shift1, self.shift0)
 
     def at(self, c: float) -> tuple[float, Tensor | None]:
         """Time and shift at the node c in [0, 1]."""
@@ -50,51 +51,72 @@ class Interval:
         t = self.t0 + c * (self.t1 - self.t0)
         if c == 0 or self.shift0 is self.shift1:
             return t, self.shift0
-        moved = c * _minus(self.shift1, self.shift0)
-        return t, moved if self.shift0 is None else self.shift0 + moved
+        part = c * moved(self.shift1, self.shift0)
+        return t, part if self.shift0 is None else self.shift0 + part
+
+    def inside(self, times: Sequence[float]) -> slice:
+        """Which of the increasing `times`, the first one excepted, lie in (t0, t1]."""
+        return slice(max(bisect_right(times, self.t0), 1), bisect_right(times, self.t1))
 
     def fraction(self, t: float, shift: Tensor | None) -> Factor:
         """(t - t0) / (t1 - t0), a tensor if a gradient flows through it."""
         if self.shift0 is None and self.shift1 is None and shift is None:
             return (t - self.t0) / (self.t1 - self.t0)
-        return (t - self.t0 + _minus(shift, self.shift0)) / self.h
+        return (t - self.t0 + moved(shift, self.shift0)) / self.h
 
 
-def _minus(a: Tensor | None, b: Tensor | None) -> Tensor:
+def moved(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """The shift a - b, None standing for no shift."""
     if b is None:
         return torch.zeros(()) if a is None else a
     return -b if a is None else a - b
 
 
 class Step(Protocol):
-    """An accepted step."""
+    """An accepted step.
 
-    interval: Interval
-    y0: Tensor
-    y1: Tensor
+    `f0` and `f1` are the derivatives that the step took over from the one before and hands to the
+    next; None where a method evaluates anew. `recipe` makes the step again from (interval, y0, f0);
+    None where nothing can, because the step depends on those before.
+    """
+
+    @property
+    def interval(self) -> Interval:
+        """Where the step leads from and to."""
+
+    @property
+    def y0(self) -> Tensor:
+        """State at its start."""
+
+    @property
+    def y1(self) -> Tensor:
+        """State at its end."""
+
+    @property
+    def f0(self) -> Tensor | None:
+        """Derivative at its start, if taken over."""
+
+    @property
+    def f1(self) -> Tensor | None:
+        """Derivative at its end, if handed on."""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What makes the step again."""
 
     def interpolate(self, times: Sequence[float], shifts: Sequence[Tensor | None]) -> Tensor:
         """The solution at `times` in [t0, t1], [len(times), *state]."""
 
 
-class OneStep(Step, Protocol):
-    """A step of a one-step method, which can be made again from its start."""
-
-    recipe: Recipe
-    f0: Tensor | None
-    f1: Tensor | None
+Recipe = Callable[[Interval, Tensor, Tensor | None], Step]
 
 
-Recipe = Callable[[Interval, Tensor, Tensor | None], OneStep]
+def combine(y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Factor], h: Factor) -> Tensor:
+    """Returns y + h * sum_j weights[j] * ks[j] without stacking the ks; y=None: the sum alone.
 
-
-def combine(
-    y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Factor], h: Factor
-) -> Tensor:
-    """y + h * sum_j weights[j] * ks[j] (y=None: the sum alone), without a stacked tensor of the ks.
-
-    With numbers this is one fused multiply-add per nonzero weight. Tensors (a gradient flows through
-    time, or one step size per row; then all weights or h are tensors) take the general form.
+    With numbers this is one fused multiply-add per nonzero weight. Tensors (a gradient flows
+    through time, or one step size per row; then all weights or h are tensors) take the general
+    form.
     """
     if isinstance(h, Tensor) or isinstance(weights[0], Tensor):
         terms = [k * w for k, w in zip(ks, weights, strict=False) if isinstance(w, Tensor) or w]
@@ -104,10 +126,11 @@ def combine(
     for k, w in zip(ks, weights, strict=False):
         if not w:
             continue
+        hw: float = h * w  # type: ignore[assignment]  # no tensors here: see above
         if out is not None:
-            out.add_(k, alpha=h * w)
+            out.add_(k, alpha=hw)
         else:
-            out = k * (h * w) if y is None else torch.add(y, k, alpha=h * w)
+            out = k * hw if y is None else torch.add(y, k, alpha=hw)
     if out is None:
         return torch.zeros_like(ks[0]) if y is None else y
     return out
@@ -129,8 +152,10 @@ def hermite(step: Step, f0: Tensor, f1: Tensor, x: Factor) -> Tensor:
 
 @dataclass
 class GridStep:
-    """A step of a fixed-step method. Interpolates linearly or by a cubic, whose slopes it evaluates
-    only when it is asked for a time inside."""
+    """A step of a fixed-step method.
+
+    Interpolates linearly or by a cubic, whose slopes it evaluates when asked for a time inside.
+    """
 
     field: VectorField
     interval: Interval
