@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm
 from anode_fast.stats import SolveStats
-from anode_fast.vector_field import VectorField
+from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
 
 MOST_DIRECT_OUTPUTS = 3
 """Output times inside one forward step up to which the backward solve stops at each of them."""
@@ -46,17 +46,38 @@ class Solver(Protocol):
 # --- which tensors a field's value depends on -----------------------------------------------------
 
 
-def gradient_sources(func: Callable[..., Any], f0: Tensor) -> list[Tensor]:
-    """Tensors that require grad and that the field depends on.
+def gradient_sources(func: Callable[..., Any], y0: Tensor, f0: Tensor) -> list[Tensor]:
+    """Tensors that require grad and that the field depends on, the state excepted.
 
     A module's parameters and tensor attributes, what a function closes over, and every leaf that
-    the graph of `f0`, the field's value under grad, leads to.
+    the graph of `f0`, the field's value under grad for the state `y0`, leads to.
     """
-    known = [x for x in _held_tensors(func) if x.requires_grad]
-    sources = list({id(x): x for x in known}.values())
-    seen = {id(x) for x in sources}
-    sources += [leaf for leaf in _leaves(f0, sources) if id(leaf) not in seen]
-    return sources
+    sources = independent([x for x in _held_tensors(func) if x.requires_grad])
+    while True:
+        known = {id(x) for x in (y0, *sources)}
+        found = [leaf for leaf in _leaves(f0, sources) if id(leaf) not in known]
+        if not found:
+            return sources
+        sources = independent([*sources, *found])
+
+
+def independent(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors none of which is made of another, and on which the same values depend.
+
+    The gradient with respect to a tensor contains what reaches it by way of those made of it: to
+    ask for both would count that part twice.
+    """
+    unique = list({id(x): x for x in tensors}.values())
+    leaves, inner = {id(x) for x in unique if x.is_leaf}, {_edge(x) for x in unique}
+    made = [
+        x
+        for x in unique
+        if any(edge in inner or id(leaf) in leaves for edge, leaf in _edges_above(x))
+    ]
+    if not made:
+        return unique
+    kept = [x for x in unique if not any(x is other for other in made)]
+    return independent([*kept, *(leaf for x in made for leaf in _leaves(x, kept))])
 
 
 def _held_tensors(func: Callable[..., Any]) -> Iterator[Tensor]:
@@ -72,41 +93,65 @@ def _held_tensors(func: Callable[..., Any]) -> Iterator[Tensor]:
         owner = getattr(func, "__self__", None)
         if isinstance(owner, nn.Module):
             yield from _held_tensors(owner)
-        for cell in getattr(func, "__closure__", None) or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:  # a variable that has no value yet
-                continue
-            if isinstance(value, Tensor):
-                yield value
+        yield from (x for x in _cell_contents(func) if isinstance(x, Tensor))
+
+
+def _cell_contents(func: Callable[..., Any]) -> Iterator[Any]:
+    for cell in getattr(func, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a variable that has no value yet
+            continue
+
+
+def _edge(x: Tensor) -> tuple[Any, int]:
+    return x.grad_fn, x.output_nr
+
+
+def _edges_above(
+    x: Tensor, stop: Sequence[Tensor] = ()
+) -> Iterator[tuple[tuple[Any, int], Tensor | None]]:
+    """The edges of the graph that `x` is made by, without what made `stop`; with their leaves."""
+    seen = {_edge(other) for other in stop}
+    todo = list(x.grad_fn.next_functions) if x.grad_fn and _edge(x) not in seen else []
+    while todo:
+        edge = todo.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        yield edge, getattr(edge[0], "variable", None)
+        todo.extend(edge[0].next_functions)
 
 
 def _leaves(value: Tensor, stop: Sequence[Tensor]) -> list[Tensor]:
-    stops = {x.grad_fn for x in stop if x.grad_fn is not None}
-    found, seen, todo = [], set(stops), [value.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found.append(leaf)
-        todo.extend(parent for parent, _ in node.next_functions)
-    return found
+    if value.is_leaf:
+        return [value] if value.requires_grad else []
+    return [leaf for _, leaf in _edges_above(value, stop) if leaf is not None]
+
+
+def _held_modules(func: Callable[..., Any]) -> list[nn.Module]:
+    held: list[Any] = [func, getattr(func, "__self__", None)]
+    if isinstance(func, functools.partial):
+        held = [*_held_modules(func.func), *func.args, *func.keywords.values()]
+    held += [x for x in _cell_contents(func)]
+    return [x for x in held if isinstance(x, nn.Module)]
 
 
 @contextmanager
 def frozen_buffers(func: Callable[..., Any]) -> Iterator[None]:
-    """Evaluations inside leave a module's buffers (BatchNorm statistics) as they were."""
-    held = list(func.buffers()) if isinstance(func, nn.Module) and func.training else []
+    """Evaluations inside leave the buffers (BatchNorm statistics) of the field as they were.
+
+    The field's: those of modules that it is, binds or closes over.
+    """
+    modules = {module for held in _held_modules(func) for module in held.modules()}
+    held = [x for module in modules if module.training for x in module.buffers(recurse=False)]
     copies = [buffer.clone() for buffer in held]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, copy in zip(held, copies, strict=True):
-                buffer.copy_(copy)
+        for buffer, copy in zip(held, copies, strict=True):
+            # Through .data: a graph that has saved the buffer stays valid.
+            buffer.data.copy_(copy)
 
 
 # --- what both gradients share --------------------------------------------------------------------
@@ -135,6 +180,22 @@ class Call:
     params: list[Tensor]
     event_times: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        device = self.problem.y0.device.type
+        self._autocast = functools.partial(
+            torch.autocast,
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,  # a copy of a weight cached under no_grad would get no gradient
+        )
+
+    @contextmanager
+    def same_field(self) -> Iterator[None]:
+        """The field computes inside what it computed in the forward pass, and changes nothing."""
+        with self._autocast(), frozen_buffers(self.problem.original):
+            yield
+
     def times(self) -> list[float]:
         """Times at which the solution was returned."""
         if not self.event_times:
@@ -155,8 +216,10 @@ class Call:
         self, grad: Tensor, y0: Tensor, shift: Tensor | None, params: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """The gradient by autograd through the solver: it can be differentiated again."""
+        evaluations = self.problem.field.nfe
         with torch.enable_grad():
             solution = self.solve(self.plain(y0, shift), SolveStats())
+            self.stats.nfe_backward = self.problem.field.nfe - evaluations
             return _grad([solution], [y0, shift, *params], [grad], create_graph=True)
 
 
@@ -250,7 +313,7 @@ class _Discrete(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         call: DiscreteCall = ctx.call
         y0, shift, *params = ctx.saved_tensors
-        with frozen_buffers(call.problem.original):
+        with call.same_field():
             if torch.is_grad_enabled():
                 return None, *call.differentiable_gradient(grad, y0, shift, params)
             return None, *_discrete_gradient(call, grad, y0, shift, params)
@@ -299,6 +362,8 @@ def _discrete_gradient(
         adj_y = _plus(adj_y, part_y)
         totals = [_plus(total, part) for total, part in zip(totals, parts, strict=True)]
     adj_y = _plus(adj_y, grad[0])
+    if not call.keep_steps:
+        call.checkpoints = []
     call.stats.nfe_backward = vector_field.nfe - evaluations
     adj_shift = None
     if leaves:
@@ -393,7 +458,7 @@ class _Continuous(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         call: ContinuousCall = ctx.call
         y0, shift, solution, *params = ctx.saved_tensors
-        with frozen_buffers(call.problem.original):
+        with call.same_field():
             if torch.is_grad_enabled():
                 return None, *call.differentiable_gradient(grad, y0, shift, params)
             return None, *_continuous_gradient(call, grad, solution, shift, params)
@@ -473,13 +538,20 @@ def _adjoint_norm(
 
 @dataclass
 class _Stop:
-    """A time at which the backward solve takes in gradients of outputs."""
+    """A time at which the backward solve takes in gradients of outputs.
+
+    Attributes:
+        t, y: The time and the forward solution there.
+        adj_y: Gradient with respect to y.
+        output: Number of the output time, or None.
+        slopes: Gradients with respect to the derivative, by the side of t on which it is taken.
+    """
 
     t: float
     y: Tensor
     adj_y: Tensor
-    adj_f: Tensor | None = None
     output: int | None = None
+    slopes: dict[int, Tensor] = field(default_factory=dict)
 
 
 def _continuous_gradient(
@@ -512,8 +584,8 @@ def _continuous_gradient(
     for i, stop in enumerate(stops):
         state[1] = stop.y
         state[2] = state[2] + stop.adj_y
-        if stop.adj_f is not None:
-            _add_through_field(vector_field, stop, state, params)
+        for side, adj_f in stop.slopes.items():
+            _add_through_field(vector_field, stop, side, adj_f, state, params)
         if want_time and stop.output:
             with torch.no_grad():
                 slope = vector_field(stop.t, stop.y)
@@ -539,16 +611,22 @@ def _stops(call: ContinuousCall, grad: Tensor, solution: Tensor) -> list[_Stop]:
     """Where the backward solve stops, from the last time to the first."""
     times = call.times()
     spread = {i for s in call.spreads for i in range(*s.outputs.indices(len(times)))}
+    jumps = set(call.problem.options.get("jump_t", ()))
     stops: dict[float, _Stop] = {}
 
-    def add(t: float, y: Tensor, adj_y: Tensor, adj_f: Tensor | None, output: int | None) -> None:
-        stop = stops.setdefault(t, _Stop(t, y, torch.zeros_like(y), None, output))
+    def add(t: float, y: Tensor, adj_y: Tensor, output: int | None = None) -> _Stop:
+        stop = stops.setdefault(t, _Stop(t, y, torch.zeros_like(y), output))
         stop.adj_y = stop.adj_y + adj_y
-        stop.adj_f = _plus(stop.adj_f, adj_f)
+        return stop
+
+    def add_slope(stop: _Stop, side: int, adj_f: Tensor) -> None:
+        side = side if stop.t in jumps else HERE
+        before = stop.slopes.get(side)
+        stop.slopes[side] = adj_f if before is None else before + adj_f
 
     for i, t in enumerate(times):
         if i not in spread:
-            add(t, solution[i], grad[i], None, i)
+            add(t, solution[i], grad[i], i)
     for s in call.spreads:
         g, dt = grad[s.outputs], s.t1 - s.t0
         x = torch.tensor([(t - s.t0) / dt for t in times[s.outputs]], dtype=torch.float64)
@@ -556,9 +634,9 @@ def _stops(call: ContinuousCall, grad: Tensor, solution: Tensor) -> list[_Stop]:
         weights = torch.tensor(_QUARTIC, dtype=torch.float64) @ powers
         weights = weights.to(device=g.device, dtype=g.dtype)
         y0, middle, y1, f0, f1 = torch.tensordot(weights, g, dims=1).unbind()
-        add(s.t0, s.states[0], y0, f0 * dt, None)
-        add((s.t0 + s.t1) / 2, s.states[1], middle, None, None)
-        add(s.t1, s.states[2], y1, f1 * dt, None)
+        add_slope(add(s.t0, s.states[0], y0), NEXT, f0 * dt)
+        add((s.t0 + s.t1) / 2, s.states[1], middle)
+        add_slope(add(s.t1, s.states[2], y1), PREV, f1 * dt)
     return sorted(stops.values(), key=lambda stop: -stop.t)
 
 
@@ -573,12 +651,17 @@ _QUARTIC = (
 
 
 def _add_through_field(
-    vector_field: VectorField, stop: _Stop, state: list[Tensor], params: Sequence[Tensor]
+    vector_field: VectorField,
+    stop: _Stop,
+    side: int,
+    adj_f: Tensor,
+    state: list[Tensor],
+    params: Sequence[Tensor],
 ) -> None:
     """Adds the gradient that reaches y and the parameters through f(t, y) at a stop."""
     with torch.enable_grad():
         y = stop.y.detach().requires_grad_()
-        grads = _grad([vector_field(stop.t, y)], [y, *params], [stop.adj_f])
+        grads = _grad([vector_field(stop.t, y, None, side)], [y, *params], [adj_f])
     for i, part in enumerate(grads):
         if part is not None:
             state[2 + i] = state[2 + i] + part

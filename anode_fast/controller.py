@@ -57,7 +57,7 @@ class Controller:
 
     def next_step_rows(self, dt: Tensor, error_ratio: Tensor) -> Tensor:
         """`next_step` for one step size and one error ratio per row."""
-        smallest = torch.where(error_ratio < 1, 1.0, self.dfactor)
+        smallest = torch.full_like(error_ratio, self.dfactor).masked_fill_(error_ratio < 1, 1.0)
         factor = self.safety * error_ratio ** (-1.0 / self.order)
         factor = torch.maximum(factor, smallest).clamp(max=self.ifactor)
         factor = torch.where(error_ratio.isfinite(), factor, self.dfactor)

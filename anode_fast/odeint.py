@@ -167,10 +167,15 @@ def odeint_adjoint(
     )
     params = None
     if adjoint_params is not None:
-        given_params = [adjoint_params] if isinstance(adjoint_params, Tensor) else adjoint_params
-        params = list(given_params)
-        if not all(isinstance(x, Tensor) for x in params):
-            raise InvalidType("odeint_adjoint: adjoint_params must be tensors")
+        many = isinstance(adjoint_params, Iterable) and not isinstance(adjoint_params, Tensor)
+        given_params: list[Any] = list(adjoint_params) if many else [adjoint_params]
+        params = given_params
+        for x in given_params:
+            if not isinstance(x, Tensor):
+                raise InvalidType(
+                    f"odeint_adjoint: adjoint_params holds a {type(x).__name__}, want tensors, for "
+                    "example tuple(module.parameters())."
+                )
     return _run(problem, plan, params, backward, return_stats)
 
 
@@ -196,7 +201,8 @@ def odeint_event(
         **kwargs: Passed to it.
 
     Returns:
-        The event's time (0-d), and the states at start and event, [2, *y0.shape].
+        The event's time (0-d), and the states at start and event, [2, *y0.shape]. With
+        return_stats: a pair of that and the SolveStats.
 
     Raises:
         EventNotFound (a SolverError): No sign change within the step budget.
@@ -206,7 +212,17 @@ def odeint_event(
     start = t0.reshape(-1)
     direction = -1.0 if reverse_time else 1.0
     t = torch.cat([start, start.detach() + direction])
-    event_t, solution = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
+    result = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
+    if kwargs.get("return_stats"):
+        (event_t, solution), stats = result
+        return _link_event(func, y0, t, event_fn, event_t, solution), stats
+    return _link_event(func, y0, t, event_fn, *result)
+
+
+def _link_event(
+    func: Field, y0: State, t: Tensor, event_fn: Callable[..., Any], event_t: Tensor, solution: Any
+) -> tuple[Tensor, Any]:
+    """The event's time and states with the gradient that flows through the time."""
     # The solve above took the event's time as given. Now let it move with the state (and with what
     # the event function depends on): first-order terms whose value is zero.
     problem = make_problem(func, y0, t.detach(), event_fn=event_fn, warn=False)
@@ -217,7 +233,7 @@ def odeint_event(
     if event is None or not torch.is_grad_enabled():
         return event_t, solution
     sign = -1.0 if problem.backwards else 1.0
-    time = sign * event_t.detach()
+    time: Any = sign * event_t.detach()
     if state.requires_grad or event(time, state).requires_grad:
         slope = field(time, state.detach()).detach()
         t_leaf, y_leaf = time.clone().requires_grad_(), state.detach().requires_grad_()
@@ -318,6 +334,8 @@ def explain(
     **kwargs: Any,
 ) -> str:
     """Which path `odeint` would take with these arguments, and why not a faster one. No solve."""
+    known = {"rtol", "atol", "event_fn", "return_stats"}
+    _refuse_unknown("explain", {name: x for name, x in kwargs.items() if name not in known})
     tolerances = {name: kwargs[name] for name in ("rtol", "atol") if name in kwargs}
     problem = make_problem(
         func, y0, t, method=method, options=options, event_fn=kwargs.get("event_fn"), **tolerances
@@ -389,16 +407,17 @@ def _solve_with_gradient(
     """A solve without a graph through it, whose backward pass is the plan's gradient."""
     f0 = None
     first_derivative = functools.partial(reference.first_derivative, by_row=plan.by_row)
-    if len(problem.times) > 1 and problem.family != SCIPY:
-        # The solve's own first evaluation, under grad: it shows what the field depends on.
-        start = replace(problem, y0=problem.y0.detach(), shifts=None)
-        value = first_derivative(start)
+    y0 = problem.y0.detach().requires_grad_()
+    if len(problem.times) > 1 and (problem.family != SCIPY or params is None):
+        # The solve's own first evaluation, under grad: it shows what the field depends on. (SciPy
+        # makes its own once more.)
+        value = first_derivative(replace(problem, y0=y0, shifts=None))
         if params is None:
-            params = adjoint.gradient_sources(problem.original, value)
+            params = adjoint.gradient_sources(problem.original, y0, value)
         f0 = value.detach()
     elif params is None:
-        params = adjoint.gradient_sources(problem.original, problem.y0.detach())
-    params = [x for x in params if x.requires_grad]
+        params = adjoint.gradient_sources(problem.original, y0, y0)
+    params = adjoint.independent([x for x in params if x.requires_grad])
     if not (params or problem.y0.requires_grad or problem.shifts):
         with torch.no_grad():
             return _solve(problem, stats, plan, f0)

@@ -205,9 +205,14 @@ class Problem:
                 "options=dict(step_size=...)."
             )
         t, shift = self.times[0], self.shifts[0] if self.shifts else None
+        jumps = [jump for jump in self.options.get("jump_t", ()) if jump > t]
         while True:
             yield t, shift
             t = t + step_size
+            while jumps and jumps[0] <= t:
+                jump = jumps.pop(0)
+                if jump < t:
+                    yield jump, None
 
     def _with_jumps(
         self, grid: list[tuple[float, Tensor | None]]
@@ -240,13 +245,17 @@ def make_problem(
         raise InvalidType(f"odeint: func is a {type(func).__name__}, want a callable func(t, y)")
     layout, state = _check_state(y0)
     method = "dopri5" if method is None else method
-    if method not in FAMILIES:
+    if not isinstance(method, str) or method not in FAMILIES:
         close = difflib.get_close_matches(str(method), FAMILIES, n=1)
         hint = f' Did you mean "{close[0]}"?' if close else ""
         raise InvalidArgument(
             f'odeint: invalid method "{method}".{hint} Methods are: {", ".join(FAMILIES)}.'
         )
     family = FAMILIES[method]
+    if event_fn is not None and not callable(event_fn):
+        raise InvalidType(
+            f"odeint: event_fn is a {type(event_fn).__name__}, want a callable event_fn(t, y)"
+        )
     times, backwards = _check_times(t, event_fn is not None)
     state_dtype = state.dtype
     narrow = state_dtype in (torch.float16, torch.bfloat16)
@@ -432,12 +441,23 @@ def _check_options(
             kept[name] = _number(name, kept[name])
             if kept[name] <= 0:
                 raise InvalidArgument(f"odeint: option {name} is {kept[name]}, want a number > 0")
+    for name in ("step_size", "first_step"):
+        if math.isinf(kept.get(name, 0.0)):
+            raise InvalidArgument(f"odeint: option {name} is inf, want a finite number > 0")
     if "min_step" in kept:
         kept["min_step"] = _number("min_step", kept["min_step"])
-    if "max_num_steps" in kept and _number("max_num_steps", kept["max_num_steps"]) < 1:
-        raise InvalidArgument(
-            f"odeint: option max_num_steps is {kept['max_num_steps']}, want at least 1"
-        )
+    if "max_num_steps" in kept:
+        budget = _number("max_num_steps", kept["max_num_steps"])
+        if budget < 1 or math.isinf(budget):
+            raise InvalidArgument(
+                f"odeint: option max_num_steps is {budget:g}, want a finite number, at least 1"
+            )
+    if "max_iters" in kept:
+        iters = _number("max_iters", kept["max_iters"])
+        if iters < 1 or iters != int(iters):
+            raise InvalidArgument(
+                f"odeint: option max_iters is {kept['max_iters']!r}, want a positive integer"
+            )
     for name in ("step_t", "jump_t"):
         if name in kept:
             kept[name] = _option_times(name, kept[name], backwards)
@@ -493,6 +513,8 @@ def _option_times(name: str, value: Any, backwards: bool) -> list[float]:
     if not isinstance(value, (Tensor, list, tuple)):
         raise InvalidType(f"odeint: option {name} is a {type(value).__name__}, want a 1-D tensor")
     times = torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1).tolist()
+    if not all(math.isfinite(time) for time in times):
+        raise InvalidArgument(f"odeint: option {name} must be finite, got {times}")
     if len(set(times)) != len(times):
         raise InvalidArgument(f"odeint: option {name} has repeated times")
     return sorted(-time if backwards else time for time in times)
@@ -511,10 +533,9 @@ def _normal_event(
         elif field.backwards:
             t = -t
         value = event_fn(t, layout.unpack(y) if layout else y)
-        if not isinstance(value, Tensor):
-            raise InvalidType(
-                f"odeint: event_fn returned a {type(value).__name__}, want a tensor of real numbers"
-            )
+        if not isinstance(value, Tensor) or value.is_complex():
+            what = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise InvalidType(f"odeint: event_fn returned {what}, want a tensor of real numbers")
         return value
 
     with torch.no_grad():

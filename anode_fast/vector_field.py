@@ -133,9 +133,10 @@ class VectorField:
         first = self.nfe == 1
         time = self._time(t, shift, side)
         state = y.to(self._dtype) if self._casts else y
-        if (first and state is y) or self._writes_input:
-            state = state.clone()
+        # Inference tensors do not count writes: no telling whether the field makes some.
         tracked = not state.is_inference()
+        if (first and state is y) or self._writes_input or not tracked:
+            state = state.clone()
         version = state._version if tracked else 0
         value = self._call(time, state)
         if tracked and state._version != version and not self._writes_input:

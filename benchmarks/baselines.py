@@ -32,7 +32,8 @@ class TorchdiffeqBlock(nn.Module):
         self.method = block.method
         self.tolerances = {"rtol": block.rtol, "atol": block.atol}
         self.options = {"max_num_steps": block.max_num_steps}
-        self.register_buffer("t", torch.tensor(block.t), persistent=False)
+        device = next(self.field.parameters()).device
+        self.register_buffer("t", torch.tensor(block.t, device=device), persistent=False)
         self._nfe = 0
 
     def forward(self, x: Tensor, eval_times: Tensor | None = None) -> Tensor:

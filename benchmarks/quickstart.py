@@ -10,6 +10,7 @@ import argparse
 import copy
 import datetime
 import json
+import math
 import os
 import platform
 import time
@@ -26,6 +27,8 @@ import torchdiffeq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -79,10 +82,21 @@ class Trained:
         return theirs / ours
 
     @property
+    def ratio_at_equal_nfe(self) -> float:
+        """The same, of the iterations in which both evaluated the field equally often.
+
+        The trainings drift apart, as rounding does in any training; so do their evaluations.
+        """
+        ours, theirs = (self.runs[solver] for solver in SOLVERS)
+        pairs = zip(ours.nfe, theirs.nfe, ours.seconds, theirs.seconds, strict=False)
+        equal = [(a, b) for nfe, other, a, b in pairs if nfe == other]
+        return median(b for _, b in equal) / median(a for a, _ in equal) if equal else math.nan
+
+    @property
     def loss_difference(self) -> float:
         """Largest difference of the two loss curves over the first iterations."""
         ours, theirs = (self.runs[solver].losses[:COMPARED] for solver in SOLVERS)
-        return max((abs(a - b) for a, b in zip(ours, theirs, strict=False)), default=float("nan"))
+        return max((abs(a - b) for a, b in zip(ours, theirs, strict=False)), default=math.nan)
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -120,6 +134,8 @@ def _device(text: str) -> str:
     """An argument that names a device which is there."""
     try:
         torch.empty(0, device=text)
+        if torch.device(text).type not in ("cpu", "cuda"):
+            raise RuntimeError("want cpu or cuda")
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from None
@@ -154,14 +170,17 @@ def run(config: Config, out: Path, console: Console) -> list[Trained]:
     console.print(table(results, config))
     for model in results:
         console.print(
-            f"{model.name}: the loss curves of the two solvers differ by at most "
-            f"{model.loss_difference:.1e} over the first {COMPARED} iterations"
+            f"{model.name}: where both took equally many evaluations, anode_fast is "
+            f"{model.ratio_at_equal_nfe:.2f}x as fast. Over the first {COMPARED} iterations the "
+            f"two loss curves differ by at most {model.loss_difference:.1e}."
         )
         for solver, one in model.runs.items():
             if one.failure:
-                console.print(f"{model.name} with {solver} ended early: {one.failure}", style="red")
+                ended = f"{model.name} with {solver} ended early: {one.failure}"
+                console.print(ended, style="red", markup=False)
     draw(results, data, config, out)
-    console.print(f"{time.perf_counter() - start:.0f} s in all; pictures and figures are in {out}/")
+    seconds = time.perf_counter() - start
+    console.print(f"{seconds:.0f} s in all; pictures and figures are in {out}/", markup=False)
     return results
 
 
@@ -192,7 +211,7 @@ def train(name: str, data: ConcentricSpheres, config: Config) -> Trained:
     total = config.epochs * -(-len(data) // config.batch_size)
     with tqdm(total=total, desc=f"{name:>5}", unit="it") as bar:
         for losses in _in_turns(trainings):
-            bar.set_postfix({"loss": f"{losses[-1]:.4f}"}, refresh=False)
+            bar.set_postfix({"loss": f"{fmean(losses):.4f}"}, refresh=False)
             bar.update()
     return Trained(name, nets, runs)
 
@@ -210,19 +229,17 @@ def _in_turns(trainings: list[Iterator[float]]) -> Iterator[list[float]]:
 def table(results: list[Trained], config: Config) -> Table:
     """The figures of every run."""
     result = Table(
-        title=f"Concentric spheres, {config.epochs} epochs, {_cpu()}"
-        if config.device == "cpu"
-        else f"Concentric spheres, {config.epochs} epochs, {torch.cuda.get_device_name()}",
+        title=f"Concentric spheres, {config.epochs} epochs, {_gpu(config) or _cpu()}",
         caption="loss: mean of the last epoch. NFE: mean evaluations of the field per iteration. "
-        "ms: median per training iteration.",
+        "ms: median per training iteration. ratio: torchdiffeq's ms to the solver's.",
     )
     for heading in ("model", "solver"):
         result.add_column(heading)
-    for heading in ("final loss", "NFE", "backward NFE", "ms / iteration", "speed"):
+    for heading in ("final loss", "NFE", "backward NFE", "ms/iter", "ratio"):
         result.add_column(heading, justify="right")
     for model in results:
         for solver, run in model.runs.items():
-            speed = model.ratio if solver == "anode_fast" else 1.0
+            ratio = model.ratio if solver == "anode_fast" else 1.0
             result.add_row(
                 model.name,
                 solver,
@@ -230,19 +247,19 @@ def table(results: list[Trained], config: Config) -> Table:
                 f"{_mean(run.nfe):.1f}",
                 f"{_mean(run.nfe_backward):.1f}",
                 f"{_milliseconds(run):.2f}",
-                f"{speed:.2f}x",
+                f"{ratio:.2f}",
                 end_section=solver == SOLVERS[-1],
             )
     return result
 
 
 def _mean(values: list[int]) -> float:
-    return fmean(values) if values else float("nan")
+    return fmean(values) if values else math.nan
 
 
 def _milliseconds(run: Run) -> float:
     """Median wall clock of an iteration."""
-    return 1e3 * median(run.seconds) if run.seconds else float("nan")
+    return 1e3 * median(run.seconds) if run.seconds else math.nan
 
 
 def _final_loss(run: Run, config: Config) -> float:
@@ -273,9 +290,17 @@ def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
             "cpu": _cpu(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if config.device != "cpu" else None,
+            "gpu": _gpu(config),
         },
-        "loss_difference": {model.name: _finite(model.loss_difference) for model in results},
+        "comparisons": [
+            {
+                "model": model.name,
+                "ratio": _finite(model.ratio),
+                "ratio_at_equal_nfe": _finite(model.ratio_at_equal_nfe),
+                f"loss_difference_first_{COMPARED}": _finite(model.loss_difference),
+            }
+            for model in results
+        ],
         "runs": [
             {
                 "model": model.name,
@@ -314,6 +339,11 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
+def _gpu(config: Config) -> str | None:
+    """Name of the GPU in use, if one is."""
+    return None if config.device == "cpu" else torch.cuda.get_device_name(config.device)
+
+
 # ---- pictures
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
@@ -346,7 +376,7 @@ class Flow:
         states: [time, point, 2 or 3]: both data dimensions and, if there are augmented ones, that
             one of them which separates the classes best at the end.
         inner: Which points are in the ball.
-        augmented: Name of the third axis.
+        augmented: What the third axis shows; "" if there is none.
         failure: Why the solve failed, if it did.
     """
 
@@ -372,23 +402,30 @@ class Flow:
         at_end = states[-1, :, 2:]
         gap = np.abs(at_end[inner].mean(0) - at_end[~inner].mean(0))
         best = int(np.argmax(gap / (at_end[inner].std(0) + at_end[~inner].std(0))))
-        return cls(model.name, states[:, :, [0, 1, 2 + best]], inner, f"augmented {best + 1}")
+        return cls(
+            model.name, states[:, :, [0, 1, 2 + best]], inner, f"augmented dimension {best + 1}"
+        )
 
     def add_axes(self, figure: Figure, position: SubplotSpec) -> Axes:
         """Axes of the right dimension, with equal scales."""
         if not self.augmented:
-            axes = figure.add_subplot(position, aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+            axes = figure.add_subplot(position, xlabel="$x_1$", ylabel="$x_2$")
+            axes.set_aspect("equal", adjustable="datalim")
             axes.locator_params(nbins=5)
             return axes
         axes = figure.add_subplot(position, projection="3d")
-        axes.set(xlabel="$x_1$", ylabel="$x_2$", zlabel=self.augmented)
         low, high = self.states.min((0, 1)), self.states.max((0, 1))
-        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
-        axes.set_box_aspect(high - low, zoom=0.95)
+        for axis, *limits in zip("xyz", low, high, strict=True):
+            axes.set(**{f"{axis}lim": limits})
+            getattr(axes, f"{axis}axis").pane.set_facecolor("#F7F7F7")
+            # No numbers: crowded in perspective, and all three scales are equal.
+            getattr(axes, f"{axis}axis").set_major_formatter(NullFormatter())
+        axes.set_xlabel("$x_1$", labelpad=-13)
+        axes.set_ylabel("$x_2$", labelpad=-13)
+        axes.text2D(0.5, -0.1, f"height: {self.augmented}", transform=axes.transAxes, ha="center")
+        axes.locator_params(nbins=5)
+        axes.set_box_aspect(high - low, zoom=1.3)
         axes.view_init(elev=18, azim=-60)
-        axes.locator_params(nbins=4)
-        for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-            axis.pane.set_facecolor("#F7F7F7")
         return axes
 
 
@@ -400,24 +437,49 @@ def draw(results: list[Trained], data: ConcentricSpheres, config: Config, out: P
     with matplotlib.rc_context(STYLE):
         for name, plot in curves.items():
             figure = Figure(figsize=(6.5, 4), layout="constrained")
-            plot(figure.add_subplot(), results, config)
+            axes = figure.add_subplot()
+            plot(axes, results, config)
+            axes.legend()
             figure.savefig(out / f"{name}.png")
         for name, plot in spaces.items():
-            figure = Figure(figsize=(10, 5), layout="constrained")
-            for position, flow in zip(figure.add_gridspec(1, len(flows)), flows, strict=True):
+            figure = Figure(figsize=(9, 4.5))
+            grid = figure.add_gridspec(1, len(flows), left=0.07, right=0.97, bottom=0.2, top=0.93)
+            for position, flow in zip(grid, flows, strict=True):
                 plot(flow.add_axes(figure, position), flow)
+            _add_class_legend(figure)
             figure.savefig(out / f"{name}.png")
 
-        figure = Figure(figsize=(10, 7), layout="constrained")
-        grid = figure.add_gridspec(2, 12, height_ratios=(3, 4))
-        _plot_loss(figure.add_subplot(grid[0, :4]), results, config)
-        _plot_nfe(figure.add_subplot(grid[0, 4:8]), results, config)
-        _plot_speed(figure.add_subplot(grid[0, 8:]), results)
-        for i, flow in enumerate(flows):
-            for j, plot in enumerate(spaces.values()):
-                left = 6 * i + 3 * j
-                plot(flow.add_axes(figure, grid[1, left : left + 3]), flow)
+        figure = Figure(figsize=(10, 6.5))
+        top = figure.add_gridspec(
+            1, 3, left=0.06, right=0.985, bottom=0.61, top=0.95, wspace=0.4, width_ratios=(6, 6, 5)
+        )
+        axes = figure.add_subplot(top[0])
+        _plot_loss(axes, results, config)
+        axes.legend(fontsize=8)
+        _plot_nfe(figure.add_subplot(top[1]), results, config)
+        _plot_speed(figure.add_subplot(top[2]), results)
+        panels = [(flow, plot) for flow in flows for plot in spaces.values()]
+        bottom = figure.add_gridspec(
+            1,
+            len(panels),
+            left=0.06,
+            right=0.97,
+            bottom=0.14,
+            top=0.47,
+            wspace=0.25,
+            width_ratios=[7.5 if flow.augmented else 6 for flow, _ in panels],
+        )
+        for position, (flow, plot) in zip(bottom, panels, strict=True):
+            plot(flow.add_axes(figure, position), flow)
+        _add_class_legend(figure)
         figure.savefig(out / "quickstart.png")
+
+
+def _add_class_legend(figure: Figure) -> None:
+    """Says once, below all panels, which colour is which class."""
+    labels = {INNER: "inner ball, target $-1$", OUTER: "outer shell, target $+1$"}
+    dots = [Line2D([], [], marker="o", linestyle="", color=color) for color in labels]
+    figure.legend(dots, labels.values(), loc="lower center", ncols=2)
 
 
 def _plot_curves(axes: Axes, results: list[Trained], config: Config, quantity: str) -> None:
@@ -432,43 +494,47 @@ def _plot_curves(axes: Axes, results: list[Trained], config: Config, quantity: s
             mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
             label = f"{model.name}, {solver}"
             axes.plot(range(window, len(values) + 1), mean, color=color, label=label, **style)
-    axes.set_xlabel("iteration")
+    axes.set_xlabel("iteration (running mean of an epoch)")
     axes.set_xlim(left=0)
 
 
 def _plot_loss(axes: Axes, results: list[Trained], config: Config) -> None:
     _plot_curves(axes, results, config, "losses")
-    axes.set(title="Loss", yscale="log")
-    axes.legend()
+    axes.set(title="Loss (mean squared error)", yscale="log")
 
 
 def _plot_nfe(axes: Axes, results: list[Trained], config: Config) -> None:
     _plot_curves(axes, results, config, "nfe")
-    axes.set(title="Field evaluations per forward solve")
+    axes.set(title="NFE per forward solve")
     axes.set_ylim(bottom=0)
 
 
 def _plot_speed(axes: Axes, results: list[Trained]) -> None:
     """Median time of a training iteration."""
     bars = [(model, solver) for model in results for solver in SOLVERS]
-    times = [_milliseconds(model.runs[solver]) for model, solver in bars]
-    for y, ((model, solver), value) in enumerate(zip(bars, times, strict=True)):
+    for y, (model, solver) in enumerate(bars):
+        time = _milliseconds(model.runs[solver])
         alpha = SOLVER_STYLES[solver].get("alpha", 1.0)
-        axes.barh(y, value, color=MODEL_COLORS[model.name], alpha=alpha, height=0.7)
-        ratio = f" ({model.ratio:.1f}x as fast)" if solver == "anode_fast" else ""
-        axes.text(0, y, f" {value:.1f} ms{ratio}", va="center")
+        axes.barh(y, time, color=MODEL_COLORS[model.name], alpha=alpha, height=0.7)
+        ratio = f" ({model.ratio:.1f}\u00d7)" if solver == "anode_fast" else ""
+        axes.annotate(
+            f"{time:.1f}{ratio}", (time, y), (3, 0), textcoords="offset points", va="center"
+        )
     axes.set_yticks(range(len(bars)), [f"{model.name}\n{solver}" for model, solver in bars])
+    axes.tick_params("y", length=0)
     axes.invert_yaxis()
+    axes.margins(x=0.3)
     axes.grid(visible=False, axis="y")
-    axes.set(title="Time per training iteration", xlabel="ms (median)")
+    axes.set(title="Time per iteration", xlabel="median ms (\u00d7 torchdiffeq's speed)")
 
 
 def _plot_flow(axes: Axes, flow: Flow) -> None:
-    """Some points on their way, the end marked."""
+    """All points at the start, pale, and some of them on their way, the end marked."""
     axes.set_title(f"{flow.name}: flow")
     if _says_failed(axes, flow):
         return
-    for mask, color, count in ((~flow.inner, OUTER, 70), (flow.inner, INNER, 35)):
+    for mask, color, count in _classes(flow):
+        axes.scatter(*flow.states[0, mask].T, color=color, s=3, alpha=0.2, linewidths=0)
         for path in flow.states[:, mask][:, :count].transpose(1, 2, 0):
             axes.plot(*path, color=color, alpha=0.55, linewidth=0.8)
         axes.scatter(*flow.states[-1, mask][:count].T, color=color, s=7, linewidths=0)
@@ -479,8 +545,13 @@ def _plot_features(axes: Axes, flow: Flow) -> None:
     axes.set_title(f"{flow.name}: features")
     if _says_failed(axes, flow):
         return
-    for mask, color in ((~flow.inner, OUTER), (flow.inner, INNER)):
+    for mask, color, _ in _classes(flow):
         axes.scatter(*flow.states[-1, mask].T, color=color, s=3, alpha=0.6, linewidths=0)
+
+
+def _classes(flow: Flow) -> list[tuple[np.ndarray, str, int]]:
+    """Points, colour, and how many trajectories to show, of either class."""
+    return [(~flow.inner, OUTER, 70), (flow.inner, INNER, 35)]
 
 
 def _says_failed(axes: Axes, flow: Flow) -> bool:

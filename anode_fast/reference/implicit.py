@@ -315,10 +315,10 @@ def _conjugate_residuals(product: Callable[[Tensor], Tensor], right: Tensor) -> 
 
 
 def _newton(stages: _Stages) -> Tensor:
-    """Solves the stage equations from k = 0, the state at rest; k is [m, n].
+    """Solves the stage equations from k = 0; [m, n].
 
     A correction is accepted if the next one, by the same Jacobian, is smaller; else it is damped. A
-    Jacobian is kept while corrections shrink quickly.
+    Jacobian is kept while corrections shrink quickly, and blamed before a correction is.
 
     Raises:
         NonlinearSolveFailed: The iterations are used up, or the field is not finite at a point from
@@ -328,47 +328,59 @@ def _newton(stages: _Stages) -> Tensor:
     if not k.numel():
         return k
     residual = correction = k
-    damping, size, solver = 1.0, 0.0, None
+    damping, solver, fresh = 1.0, None, False
     iterations = 0
     while iterations < stages.recipe.max_iters:
         iterations += 1
         if solver is None:
             lin = _linearise(stages, stages.points(k))
             residual = k - torch.stack(lin.values).detach()
-            solver = _linear_solver(stages, lin)
+            solver, fresh = _linear_solver(stages, lin), True
             correction = -solver.solve(residual)
-            size, _ = _sizes(stages, k, correction)
-            if size < 1:
-                return k + correction
-            if not math.isfinite(size):
+            if not bool(correction.isfinite().all()):
                 break
+            if _Units(stages, k + correction).left(correction) < 1:
+                return k + correction
         trial = k + damping * correction
         trial_residual = trial - torch.stack(stages.values(stages.points(trial)))
         following = -solver.solve(trial_residual)
-        next_size, _ = _sizes(stages, trial, following)
+        units = _Units(stages, trial)
+        size, next_size = units.left(correction), units.left(following)
         if damping == 1 and next_size < 1:
             return trial + following
         if next_size < (1 - damping / 2) * size:
-            k, residual, correction, size = trial, trial_residual, following, next_size
+            k, residual, correction, fresh = trial, trial_residual, following, False
             if damping < 1 or next_size > QUICK * size:
                 solver = None
             damping = min(2 * damping, 1.0)
-        elif damping < LEAST_DAMPING and _sizes(stages, k, correction)[1] < 1:
+        elif not fresh:
+            solver = None
+        elif damping < LEAST_DAMPING and units.rounding(correction) < 1:
             return k
         else:
             damping /= 2
     raise _failure(stages, iterations, residual)
 
 
-def _sizes(stages: _Stages, k: Tensor, correction: Tensor) -> tuple[float, float]:
-    """Largest entry of h * correction in units of what may be left, and of the rounding of y."""
-    moved, points = (correction * stages.dt).abs(), torch.stack(stages.points(k)).abs()
-    eps = max(torch.finfo(k.dtype).eps, stages.recipe.field.noise)
-    enough = torch.maximum(stages.tolerance, 4 * eps * points)
-    rounding = 100 * eps * points.max()
-    least = torch.finfo(k.dtype).tiny ** 0.5  # 0 / 0 is 0
-    sizes = [float((moved / unit.clamp_min(least)).max()) for unit in (enough, rounding)]
-    return sizes[0], sizes[1]
+class _Units:
+    """What counts as small for a change of the stages k, judged by what it moves: y."""
+
+    def __init__(self, stages: _Stages, k: Tensor) -> None:
+        eps = max(torch.finfo(k.dtype).eps, stages.recipe.field.noise)
+        base = torch.stack(stages.base)
+        terms = base.abs() + (torch.stack(stages.points(k)) - base).abs()
+        least = torch.finfo(k.dtype).tiny ** 0.5  # 0 / 0 shall be 0
+        self._dt = stages.dt
+        self._left = torch.maximum(stages.tolerance, 4 * eps * terms).clamp_min(least)
+        self._rounding = (100 * eps * terms.max()).clamp_min(least)
+
+    def left(self, change: Tensor) -> float:
+        """Largest entry relative to the error that may be left."""
+        return float((change * self._dt / self._left).abs().max())
+
+    def rounding(self, change: Tensor) -> float:
+        """Largest entry relative to what rounding may have done, in any of the entries."""
+        return float((change * self._dt / self._rounding).abs().max())
 
 
 def _failure(stages: _Stages, iterations: int, residual: Tensor) -> NonlinearSolveFailed:

@@ -36,10 +36,16 @@ def solve_with_scipy(problem: Problem) -> Tensor:
             "odeint: SciPy's LSODA takes real states; options=dict(solver='RK45')"
         )
 
+    field_errors: list[Exception] = []
+
     def field(t: float, y: np.ndarray) -> np.ndarray:
         state = torch.as_tensor(y).reshape(y0.shape).to(dtype=y0.dtype, device=y0.device)
-        with torch.no_grad():
-            value = problem.field(float(t), state)
+        try:
+            with torch.no_grad():
+                value = problem.field(float(t), state)
+        except Exception as error:
+            field_errors.append(error)
+            raise
         return value.detach().cpu().numpy().reshape(-1)
 
     limits = {key: options[key] for key in ("max_step",) if key in options}
@@ -62,6 +68,8 @@ def solve_with_scipy(problem: Problem) -> Tensor:
             **limits,
         )
     except ValueError as error:
+        if field_errors:
+            raise
         raise NonFiniteState(
             f"non-finite values in state: SciPy's {name} stopped: {error}"
         ) from error

@@ -120,6 +120,8 @@ def combine(y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Factor], h
     """
     if isinstance(h, Tensor) or isinstance(weights[0], Tensor):
         terms = [k * w for k, w in zip(ks, weights, strict=False) if isinstance(w, Tensor) or w]
+        if not terms:
+            return torch.zeros_like(ks[0]) if y is None else y
         change = functools.reduce(torch.add, terms) * h
         return (change if y is None else y + change).to(ks[0].dtype)
     out = None
