@@ -14,7 +14,7 @@ from anode_fast import ODENet
 from benchmarks.__main__ import main
 from benchmarks.baselines import TorchdiffeqBlock, with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
-from benchmarks.quickstart import SOLVERS, Config, Flow, draw, run, train
+from benchmarks.quickstart import SOLVERS, Config, Flow, _in_turns, draw, run, train
 from benchmarks.train import Run
 
 # Of seed 0.
@@ -137,6 +137,9 @@ def test_baseline_counts_evaluations(adjoint):
     assert twin.block.stats.nfe == forward
     assert twin.block.stats.nfe_backward == len(calls) - forward
     assert (twin.block.stats.nfe_backward > 0) == adjoint
+    calls.clear()
+    twin(torch.randn(16, 2))
+    assert twin.block.stats.nfe == len(calls)  # of the last solve alone
 
 
 def test_baseline_augments_and_gives_trajectories():
@@ -235,6 +238,30 @@ def test_quickstart_repeats_itself():
     first, second = (train("ANODE", data, TINY) for _ in range(2))
     for solver in SOLVERS:
         assert first.runs[solver].losses == second.runs[solver].losses
+
+
+def test_quickstart_trains_both_from_the_seeded_weights_by_the_papers_recipe():
+    data = ConcentricSpheres(num_inner=64, num_outer=128)
+    torch.manual_seed(TINY.seed)
+    net = ODENet(2, 32, augment_dim=5, rtol=1e-3, atol=1e-3)
+    order = batches(data, 32, 2, seed=TINY.seed)
+    expected = Run()
+    list(expected.train(net, order, torch.optim.Adam(net.parameters(), lr=1e-3)))
+    runs = train("ANODE", data, TINY).runs
+    assert runs["anode_fast"].losses == expected.losses
+    assert runs["torchdiffeq"].losses[0] == pytest.approx(expected.losses[0], rel=1e-5)
+
+
+def test_trainings_take_turns_until_the_last_has_ended():
+    log = []
+
+    def training(name, count):
+        for _ in range(count):
+            log.append(name)
+            yield 0.5
+
+    assert list(_in_turns([training("a", 4), training("b", 2)])) == [[0.5, 0.5]] * 2 + [[0.5]] * 2
+    assert "".join(log) in ("abbaaa", "baabaa")
 
 
 def test_quickstart_survives_a_run_that_fails(tmp_path, capfd, monkeypatch):

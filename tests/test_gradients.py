@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from anode_fast import odeint, odeint_adjoint
 from anode_fast.problem import ADAPTIVE, FAMILIES, FIXED, IMPLICIT
+from anode_fast.tableau import TABLEAUS
 
 F64 = torch.float64
 METHODS = {
@@ -25,6 +26,10 @@ ONE_STEP = sum(METHODS.values(), [])
 
 def times(*values, **kwargs):
     return torch.tensor(values, dtype=F64, **kwargs)
+
+
+UNIT = times(0.0, 1.0)
+TOLERANT = dict(rtol=10.0, atol=10.0)  # accepts every step of our field
 
 
 class Field(nn.Module):
@@ -45,7 +50,7 @@ class Field(nn.Module):
 
     def slope(self, t, y):
         size = (y * y.conj()).real
-        value = y @ self.w.to(y.dtype) * torch.cos(t) + self.b - 0.3 * y * size
+        value = y @ self.w.to(y.dtype) * torch.cos(t) + self.b - y / (1 + size)
         return torch.where(t < self.jump, value, 2 * value)
 
 
@@ -118,7 +123,7 @@ def test_autograd_is_the_derivative(method, options, sign):
     options = dict(options)
     if FAMILIES[method] == ADAPTIVE:
         # Step sizes are constants of the gradient: make them constant.
-        tolerances = dict(rtol=10.0, atol=10.0)
+        tolerances = TOLERANT
         options |= dict(first_step=0.25, max_step=0.25)
     jump = 0.45 if "jump_t" in options else math.inf
     options |= {k: sign * options[k] for k in ("jump_t", "step_t") if k in options}
@@ -180,7 +185,6 @@ def test_a_single_output_time_hands_the_gradient_through(method, interface, grad
 # --- which tensors get a gradient -----------------------------------------------------------------
 
 EVERY_GRADIENT = pytest.mark.parametrize("gradient", ["autograd", "discrete", "continuous"])
-UNIT = times(0.0, 1.0)
 
 
 def end(field, y0=None, gradient="autograd", **kwargs):
@@ -274,13 +278,12 @@ def test_tensors_are_found_wherever_the_field_holds_them(hold, gradient):
     )
 
 
-@pytest.mark.parametrize("gradient", ["discrete", "continuous"])
-def test_scipy_finds_what_a_closure_hides(gradient):
+def test_scipy_finds_what_a_closure_hides():
     held = [times(0.3, requires_grad=True)]
     kwargs = dict(method="scipy_solver", gradient="continuous")
     end(lambda t, y: -held[0] * y, **kwargs).backward()
-    exact = -(-1.0) * -math.exp(-0.3)  # d/dw (1 - 2) exp(-w)
-    torch.testing.assert_close(held[0].grad, times(-exact), rtol=1e-5, atol=0.0)
+    exact = math.exp(-0.3)  # d/dw (1 - 2) exp(-w)
+    torch.testing.assert_close(held[0].grad, times(exact), rtol=1e-5, atol=0.0)
 
 
 @EVERY_GRADIENT
@@ -426,7 +429,7 @@ def memory(interface, method, steps, **kwargs):
     size = dict(first_step=1 / steps, max_step=1 / steps)
     options = size if FAMILIES[method] == ADAPTIVE else dict(step_size=1 / steps)
     with Live() as live:
-        solution = interface(field, y0, UNIT, method=method, options=options, **kwargs)
+        solution = interface(field, y0, UNIT, method=method, options=options, **TOLERANT, **kwargs)
         kept = live.bytes()
         live.peak = 0
         solution[-1].sum().backward()
@@ -438,16 +441,19 @@ def memory(interface, method, steps, **kwargs):
 @pytest.mark.parametrize(("method", "states"), [("rk4", 1), ("gl4", 1), ("dopri5", 2)])
 def test_discrete_keeps_the_states_of_the_steps(method, states):
     """One state per step, and its derivative where the method hands it on."""
-    few, many = (memory(odeint, method, n, gradient="discrete") for n in (10, 40))
-    assert many[0] - few[0] == 30 * states * STATE_BYTES
+    few, many = (memory(odeint, method, n, gradient="discrete") for n in (8, 32))
+    assert many[0] - few[0] == 24 * states * STATE_BYTES
     assert many[1] <= few[1] + 2 * STATE_BYTES  # the graph of one step at a time
-    few, many = (memory(odeint, method, n) for n in (10, 40))
-    assert many[0] - few[0] > 30 * 3 * states * STATE_BYTES  # the measure sees autograd's graph
+
+
+def test_the_measure_of_memory_sees_autograds_graph():
+    few, many = (memory(odeint, "rk4", n) for n in (8, 32))
+    assert many[0] - few[0] > 24 * 4 * STATE_BYTES  # a state at each stage, at least
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5", "explicit_adams"])
 def test_the_adjoint_keeps_nothing_of_the_steps(method):
-    few, many = (memory(odeint_adjoint, method, n) for n in (10, 40))
+    few, many = (memory(odeint_adjoint, method, n) for n in (8, 32))
     assert many[0] == few[0]
     assert many[2] == few[2]
     if method != "rk4":  # which solves once more, and holds those states during backward
@@ -517,24 +523,25 @@ def test_backward_spares_graphs_that_hold_the_statistics():
 # --- continuous: the adjoint ODE ------------------------------------------------------------------
 
 
+def worst(got, want):
+    """Largest error relative to the largest entry of its tensor."""
+    return max(float((got[k] - want[k]).abs().max() / want[k].abs().max()) for k in want)
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "continuous"])
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "tsit5", "bosh3"])
-def test_continuous_approaches_discrete_as_tolerances_tighten(method):
+def test_gradients_approach_the_true_ones_as_tolerances_tighten(method, gradient):
     field, y0, t = Field(), a_state(), times(0.0, 0.4, 1.0)
+    solve = functools.partial(odeint, gradient="autograd", rtol=1e-12, atol=1e-13)
+    exact = gradients(solve, field, y0, t)
+    if gradient == "discrete":
+        del exact["t"]  # the derivative of the interpolant: an order less
     errors = []
-    for tol in (1e-3, 1e-5, 1e-7, 1e-9):
-        kinds = ("continuous", "discrete")
-        got, want = (
-            gradients(
-                functools.partial(odeint, gradient=kind, method=method, rtol=tol, atol=tol),
-                field,
-                y0,
-                t,
-            )
-            for kind in kinds
-        )
-        errors.append(max((got[k] - want[k]).abs().max() / want[k].abs().max() for k in want))
-    assert all(b < a for a, b in zip(errors, errors[1:], strict=False)), errors
-    assert errors[-1] < 1e-6 * max(errors[0], 1e-2), errors
+    for tol in (1e-3, 1e-6, 1e-9):
+        solve = functools.partial(odeint, gradient=gradient, method=method, rtol=tol, atol=tol)
+        errors.append(worst(gradients(solve, field, y0, t), exact))
+    # dopri8's interpolant, of order 4, gains least.
+    assert errors[2] < errors[1] / 3 < errors[0] / 9 and errors[2] < errors[0] / 100, errors
 
 
 ADJOINT_ARGUMENTS = {
@@ -573,7 +580,7 @@ def test_seminorm_is_cheaper_and_right():
     for norm in (None, "seminorm"):
         field.calls = 0
         solve = functools.partial(odeint_adjoint, adjoint_options=dict(norm=norm) if norm else {})
-        assert_same(gradients(solve, field, y0, UNIT, **kwargs), want, rtol=1e-6)
+        assert worst(gradients(solve, field, y0, UNIT, **kwargs), want) < 1e-6
         calls[norm] = field.calls
     assert calls["seminorm"] < calls[None]
 
@@ -613,35 +620,39 @@ def test_adjoint_callbacks_get_the_users_time(t):
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
 @pytest.mark.parametrize("jump", [math.inf, 0.45], ids=["smooth", "jump"])
-def test_backward_work_grows_with_the_solve_not_with_the_outputs(method, jump):
-    field, y0 = Field(jump), a_state()
-    options = {} if jump == math.inf else dict(jump_t=times(jump))
-    tol, work, error = 1e-5, {}, {}
-    for n in (2, 1001):
-        t = torch.linspace(0.0, 1.0, n, dtype=F64)
-        results = {}
-        for kind in ("autograd", "continuous"):
-            y, w, b = y0.clone().requires_grad_(), field.w, field.b
-            solution, stats = odeint(
-                field,
-                y,
-                t,
-                gradient=kind,
-                method=method,
-                rtol=tol,
-                atol=tol,
-                options=options,
-                return_stats=True,
-            )
-            weight = torch.cos(7 * t) / n
-            results[kind] = torch.autograd.grad((solution.sum((1, 2)) * weight).sum(), (y, w, b))
-        work[n] = stats.nfe_backward / stats.nfe
-        error[n] = max(
-            (a - b).abs().max() / b.abs().max()
-            for a, b in zip(results["continuous"], results["autograd"], strict=True)
+@pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
+def test_backward_work_grows_with_the_solve_not_with_the_outputs(method, jump, sign):
+    tol, forwards, y0 = 1e-5, Field(jump), a_state()
+    options = {} if jump == math.inf else dict(jump_t=times(sign * jump))
+
+    def run(n, gradient, tol, method=method):
+        y, t = y0.clone().requires_grad_(), torch.linspace(0.0, 1.0, n, dtype=F64)
+        solution, stats = odeint(
+            lambda t, y: sign * forwards(sign * t, y),
+            y,
+            sign * t,
+            gradient=gradient,
+            method=method,
+            rtol=tol,
+            atol=tol,
+            options=options,
+            return_stats=True,
         )
-    assert work[1001] < 4 * work[2], work
-    assert error[1001] < 100 * tol and error[2] < 100 * tol, error
+        loss = (torch.cos(7 * t) * solution.sum((1, 2))).sum() / n
+        names = ("y0", "w", "b")
+        grads = torch.autograd.grad(loss, (y, forwards.w, forwards.b))
+        return dict(zip(names, grads, strict=True)), stats
+
+    exact = {n: run(n, "autograd", 1e-12, "dopri5")[0] for n in (2, 1001)}
+    two, many = (run(n, "continuous", tol) for n in (2, 1001))
+    # Two pieces for each forward step, each of which costs one step more at most.
+    a_step = TABLEAUS[method].stages
+    allowed = two[1].nfe_backward + 2 * a_step * many[1].accepted
+    assert many[1].nfe_backward <= allowed < 1000
+    # As near as the exact derivative of the solution that was computed.
+    autograd = worst(run(1001, "autograd", tol)[0], exact[1001])
+    assert worst(many[0], exact[1001]) < 3 * autograd + 10 * tol
+    assert worst(two[0], exact[2]) < 100 * tol
 
 
 # --- counts ---------------------------------------------------------------------------------------
@@ -690,6 +701,3 @@ def test_second_derivatives(method, gradient):
 
     y0, t = a_state()[:1].requires_grad_(), times(0.0, 0.35, 1.0, requires_grad=True)
     assert gradgradcheck(solve, (y0, t, *field.parameters()))
-
-
-TOLERANT = dict(rtol=10.0, atol=10.0)

@@ -32,6 +32,7 @@ from anode_fast.reference.scipy import solve_with_scipy
 from anode_fast.reference.step import GridStep, Interval, Step
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import TABLEAUS
+from anode_fast.vector_field import HERE, NEXT
 
 MAX_GRID_STEPS_TO_EVENT = 20_000
 """Steps after which a fixed-step search for an event gives up (torchdiffeq's number)."""
@@ -91,10 +92,12 @@ def first_derivative(problem: Problem, *, by_row: bool = False) -> Tensor:
     shift = problem.shifts[0] if problem.shifts else None
     if by_row:
         return problem.field(row_times(problem.times[0], problem.y0), problem.y0, shift)
-    side = 0
-    if problem.family != ADAPTIVE and problem.family != SCIPY:
-        side = int(bool(problem.options.get("perturb", "jump_t" in problem.options)))
-    return problem.field(problem.times[0], problem.y0, shift, side)
+    t0, options, side = problem.times[0], problem.options, HERE
+    if problem.family == ADAPTIVE:
+        side = NEXT if t0 in options.get("jump_t", ()) else HERE
+    elif problem.family != SCIPY:
+        side = NEXT if options.get("perturb", "jump_t" in options) else HERE
+    return problem.field(t0, problem.y0, shift, side)
 
 
 def solve(
@@ -169,7 +172,7 @@ def _check_finite(problem: Problem, solution: Tensor) -> None:
 
     Not called on a GPU, where it would be the only synchronisation of a fixed-step solve.
     """
-    finite = torch.isfinite(solution.detach()).flatten(1).all(1)
+    finite = torch.isfinite(solution.detach()).unsqueeze(-1).flatten(1).all(1)
     if not finite.all():
         raise problem.non_finite_output(int((~finite).nonzero()[0]))
 

@@ -251,7 +251,7 @@ def adaptive_steps(
     options, field, norm = problem.options, problem.field, problem.norm
     controller = controller_of(problem, tableau)
     budget = int(options.get("max_num_steps", max_num_steps))
-    rounded = _rounding(options.get("dtype", torch.float64))
+    rounded = _rounding(options.get("dtype", torch.float64), problem.y0.dtype)
     on_step, on_accept, on_reject = (
         problem.callback(f"callback_{name}") for name in ("step", "accept_step", "reject_step")
     )
@@ -259,7 +259,7 @@ def adaptive_steps(
     t0, y = problem.times[0], problem.y0
     shift = problem.shifts[0] if problem.shifts else None
     if f0 is None:
-        f0 = field(t0, y, shift)
+        f0 = field(t0, y, shift, NEXT if t0 in options.get("jump_t", ()) else HERE)
     rtol, atol = floor_tolerances(problem)
     with torch.no_grad():
         dt = options.get("first_step")
@@ -330,8 +330,8 @@ def adaptive_steps(
                 _check_deterministic(field, t0, y)
 
 
-def _rounding(dtype: torch.dtype) -> Callable[[float], float]:
-    if dtype == torch.float64:
+def _rounding(dtype: torch.dtype, state_dtype: torch.dtype) -> Callable[[float], float]:
+    if torch.float64 in (dtype, state_dtype.to_real()):
         return float
     return lambda t: float(np.float32(t))
 

@@ -129,10 +129,12 @@ def combine(y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Factor], h
         if not w:
             continue
         hw: float = h * w  # type: ignore[assignment]  # no tensors here: see above
-        if out is not None:
-            out.add_(k, alpha=hw)
-        else:
+        if out is None:
             out = k * hw if y is None else torch.add(y, k, alpha=hw)
+        elif out.requires_grad:  # autograd makes writing in place the slower way
+            out = torch.add(out, k, alpha=hw)
+        else:
+            out.add_(k, alpha=hw)
     if out is None:
         return torch.zeros_like(ks[0]) if y is None else y
     return out

@@ -1,0 +1,1 @@
+"""Speed comparisons: `pytest benchmarks --benchmark-only`."""
