@@ -332,6 +332,8 @@ def _discrete_gradient(
     leaves = [x.detach().requires_grad_() for x in call.shifts] if call.shifts else []
     by_id = {id(x): leaf for x, leaf in zip(call.shifts or [], leaves, strict=True)}
     shifts: list[Tensor | None] = list(leaves) if leaves else [None] * len(times)
+    if call.event_times:
+        shifts[1] = None  # the event's time is its own; odeint_event links its gradient
     totals: list[Tensor | None] = [None] * (len(leaves) + len(params))
     sources = [*leaves, *params]
     adj_y: Tensor | None = None

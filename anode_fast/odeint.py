@@ -146,6 +146,10 @@ def odeint_adjoint(
             "odeint_adjoint: with another adjoint_method, options cannot serve as "
             "adjoint_options too. Pass adjoint_options (perhaps {})."
         )
+    if adjoint_options is not None and not isinstance(adjoint_options, Mapping):
+        raise InvalidType(
+            f"odeint_adjoint: adjoint_options is a {type(adjoint_options).__name__}, want a dict"
+        )
     problem = make_problem(
         func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
     )

@@ -380,10 +380,16 @@ def _check_tolerance(
                 f"odeint: {name} has {len(tolerance)} entries for a state of {len(layout.shapes)} "
                 "parts"
             )
-        parts = [
-            torch.as_tensor(part, dtype=torch.float64, device=state.device).expand(size)
-            for part, size in zip(tolerance, layout.sizes, strict=True)
-        ]
+        try:
+            parts = [
+                torch.as_tensor(part, dtype=torch.float64, device=state.device).expand(size)
+                for part, size in zip(tolerance, layout.sizes, strict=True)
+            ]
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidType(
+                f"odeint: {name} is {tolerance!r}, want a number per part of the state, or one "
+                "number for each of its entries"
+            ) from None
         tolerance = torch.cat(parts)
     if not isinstance(tolerance, Tensor):
         try:
@@ -402,7 +408,7 @@ def _check_tolerance(
     if tolerance.numel() == 1:
         return float(tolerance.item())
     try:
-        torch.broadcast_shapes(tolerance.shape, state.shape)
+        tolerance.expand(state.shape)
     except RuntimeError:
         raise InvalidArgument(
             f"odeint: {name} of shape {tuple(tolerance.shape)} does not broadcast against the "

@@ -50,7 +50,8 @@ class Layout:
         flat = []
         for part in parts:
             if self._as_pairs and part.is_complex():
-                part = torch.view_as_real(part.resolve_conj())
+                # Not view_as_real: its gradient cannot start at an odd offset of the flat one.
+                part = torch.stack((part.real, part.imag), dim=-1)
             flat.append(part.reshape(-1))
         packed = torch.cat(flat)
         return packed if packed.dtype == self.dtype else packed.to(self.dtype)
@@ -86,6 +87,7 @@ class VectorField:
         nfe: Evaluations made so far.
         noise: Unit roundoff of what the field really computes in, if coarser than the solver's
             dtype (half precision states, autocast), else 0. Known after the first evaluation.
+        roundoff: That of the coarsest part of the state, in which its derivative is given.
     """
 
     def __init__(
@@ -110,6 +112,9 @@ class VectorField:
         self._casts = self._solver_dtype != state_dtype
         if self._casts:
             self.noise = torch.finfo(state_dtype).eps
+        self.roundoff = max(
+            torch.finfo(d).eps for d in (layout.dtypes if layout else [state_dtype])
+        )
         self._writes_input = False
         self._reuses_output = False
         self._needs_grad = False
@@ -150,7 +155,7 @@ class VectorField:
 
     def _time(self, t: float | Tensor, shift: Tensor | None, side: int) -> Tensor:
         if isinstance(t, Tensor):
-            time = t.to(self._time_dtype)
+            time = t.to(self._time_dtype, copy=True)  # the field may change it in place
             if side:
                 time = torch.nextafter(time, torch.full_like(time, side * math.inf))
         else:

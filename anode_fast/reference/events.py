@@ -42,7 +42,7 @@ def solve_until_event(
                 value = float(event(step.interval.t1, step.y1))
             if value == 0 or math.copysign(1.0, value) != sign:
                 t = _locate(event, step, sign, problem.atol)
-                y = step.interpolate([t], [step.interval.shift1])[0]
+                y = step.interpolate([t], [None])[0]
                 return t, torch.stack([y0, y])
             t = step.interval.t1
             if taken >= max_steps:

@@ -7,14 +7,12 @@ Eisenstat, Elman, Schultz, SIAM J. Numer. Anal. 20 (1983) (generalised conjugate
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from anode_fast.errors import InvalidArgument, NonlinearSolveFailed
 from anode_fast.reference.step import GridStep, Interval, combine
@@ -33,8 +31,8 @@ FRACTION = 0.01
 QUICK = 0.1
 """Contraction per iteration up to which a Jacobian is kept."""
 
-LEAST_DAMPING = 0.1
-"""Damping from which on a correction of the size of rounding is taken for rounding."""
+ROUNDING_DAMPING = 0.1
+"""Damping below which a useless correction no larger than rounding is taken for rounding."""
 
 
 @dataclass
@@ -46,7 +44,7 @@ class ImplicitRecipe:
     pairs of reals, so a field need not be holomorphic. Every iteration synchronises with the host.
 
     First derivatives are exact for the converged stages, by the implicit function theorem. Second
-    ones are not available: asking for them raises autograd's error.
+    ones are not available: asking for them raises NotImplementedError.
 
     Args:
         field: The field. Newton's method needs it to be differentiable by autograd; up to
@@ -170,13 +168,32 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, k: Tensor, solver: _LinearSolver) -> Tensor:
+        ctx.save_for_backward(value)
         ctx.solver = solver
         return k.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.solver.solve(grad, transposed=True), None, None
+        with torch.no_grad():
+            pulled = ctx.solver.solve(grad, transposed=True)
+        if torch.is_grad_enabled():
+            pulled = _Constant.apply(pulled, grad, *ctx.saved_tensors)
+        return pulled, None, None
+
+
+class _Constant(torch.autograd.Function):
+    """A value whose dependence on `sources` is not known: better no derivative than a wrong one."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *sources: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            "odeint: implicit Runge-Kutta methods have first derivatives only. For second ones use "
+            "an explicit method, such as dopri5."
+        )
 
 
 # --- linear systems -------------------------------------------------------------------------------
@@ -266,26 +283,30 @@ class _MatrixFree:
 
     def _pushed(self, x: Tensor) -> Tensor:
         """M x, [m, n]. J v is the derivative of J^T u, which is linear in u, pulled back by v."""
-        self._pullbacks = self._pullbacks or self._make_pullbacks()
-        parts = []
-        for (u, pulled), v in zip(self._pullbacks, (self._ha @ x).unbind(), strict=True):
-            part = None
-            if pulled.requires_grad:
-                (part,) = torch.autograd.grad(pulled, u, v, retain_graph=True, allow_unused=True)
-            parts.append(torch.zeros_like(v) if part is None else part)
-        return x - torch.stack(parts)
+        if not self._pullbacks:
+            with torch.inference_mode(False), torch.enable_grad():
+                us = [torch.zeros_like(value).requires_grad_() for value in self._lin.values]
+                pulled = [self._lin.vjp(i, u, create_graph=True) for i, u in enumerate(us)]
+            self._pullbacks = list(zip(us, pulled, strict=True))
+        moved = (self._ha @ x).unbind()
+        return x - torch.stack(
+            [_pull(p, u, v) for (u, p), v in zip(self._pullbacks, moved, strict=True)]
+        )
 
-    def _make_pullbacks(self) -> list[tuple[Tensor, Tensor]]:
-        with torch.inference_mode(False), torch.enable_grad():
-            us = [torch.zeros_like(value).requires_grad_() for value in self._lin.values]
-            try:
-                return [(u, self._lin.vjp(i, u, create_graph=True)) for i, u in enumerate(us)]
-            except RuntimeError as error:
-                raise InvalidArgument(
-                    f"odeint: implicit methods differentiate the field twice for states of over "
-                    f"{MOST_DENSE_UNKNOWNS} unknowns, but this field's backward pass cannot be "
-                    f"differentiated ({error}). Use operations that can, or smaller batches."
-                ) from error
+
+def _pull(pulled: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    if not pulled.requires_grad:  # the field does not depend on y
+        return torch.zeros_like(v)
+    try:
+        (out,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+    except RuntimeError as error:
+        raise InvalidArgument(
+            "odeint: implicit methods differentiate the field twice for systems of over "
+            f"{MOST_DENSE_UNKNOWNS} unknowns, but autograd cannot differentiate this field's "
+            f"backward pass: {error} Use operations that have second derivatives, or smaller "
+            "batches."
+        ) from error
+    return out
 
 
 def _conjugate_residuals(product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
@@ -318,7 +339,9 @@ def _newton(stages: _Stages) -> Tensor:
     """Solves the stage equations from k = 0; [m, n].
 
     A correction is accepted if the next one, by the same Jacobian, is smaller; else it is damped. A
-    Jacobian is kept while corrections shrink quickly, and blamed before a correction is.
+    Jacobian is kept while corrections shrink quickly, and blamed before a correction is. Damping
+    finds the solution near the start of the step or, beyond a fold, none: it does not leap to a far
+    one, which would solve these equations but seldom lies near the true y.
 
     Raises:
         NonlinearSolveFailed: The iterations are used up, or the field is not finite at a point from
@@ -355,7 +378,7 @@ def _newton(stages: _Stages) -> Tensor:
             damping = min(2 * damping, 1.0)
         elif not fresh:
             solver = None
-        elif damping < LEAST_DAMPING and units.rounding(correction) < 1:
+        elif damping < ROUNDING_DAMPING and units.rounding(correction) < 1:
             return k
         else:
             damping /= 2
@@ -366,7 +389,7 @@ class _Units:
     """What counts as small for a change of the stages k, judged by what it moves: y."""
 
     def __init__(self, stages: _Stages, k: Tensor) -> None:
-        eps = max(torch.finfo(k.dtype).eps, stages.recipe.field.noise)
+        eps = max(stages.recipe.field.roundoff, stages.recipe.field.noise)
         base = torch.stack(stages.base)
         terms = base.abs() + (torch.stack(stages.points(k)) - base).abs()
         least = torch.finfo(k.dtype).tiny ** 0.5  # 0 / 0 shall be 0

@@ -191,6 +191,8 @@ def choose_initial_step(
     scale = y0.abs().mul_(rtol).add_(atol)
     d1 = float(norm(f0 / scale))
     h0 = first_guess(float(norm(y0 / scale)), d1)
+    if not h0 > 0:  # f0 is not finite
+        return math.nan
     f1 = field(t0 + h0, torch.add(y0, f0, alpha=h0))
     d2 = float(norm((f1 - f0) / scale)) / h0
     return initial_step(h0, d1, d2, order)
@@ -501,7 +503,7 @@ def row_steps(
             dt = _initial_step_by_row(field, t, y, f, tableau.order, rtol, atol)
         dt = dt.clamp(controller.min_step, controller.max_step)
     accepted, rejected = (torch.zeros(t.shape, dtype=torch.int64, device=y.device) for _ in "ab")
-    running = t < t_end
+    ratio, running = torch.zeros_like(t), t < t_end
     while running.any():
         if int((accepted + rejected).max()) >= budget:
             raise MaxStepsExceeded(
@@ -509,9 +511,9 @@ def row_steps(
                 f"the slowest at t={field.user_time(float(t.min())):.9g}. Loosen rtol and atol or "
                 "raise options['max_num_steps']."
             )
-        stuck = running & ~(t + dt > t)
-        if stuck.any():
-            raise _stuck_rows(problem, stuck, t, dt, f)
+        stuck = ~(t + dt > t) | (~ratio.isfinite() & (dt <= controller.min_step))
+        if (running & stuck).any():
+            raise _stuck_rows(problem, running & stuck, t, dt, f, ratio)
         t1 = torch.where(running, t + dt, t)
         step = recipe(RowInterval(t, t1, shift, shift, dtype=dtype), y, f)
         with torch.no_grad():
@@ -566,12 +568,13 @@ def _initial_step_by_row(
 
 
 def _stuck_rows(
-    problem: Problem, stuck: Tensor, t: Tensor, dt: Tensor, f: Tensor
+    problem: Problem, stuck: Tensor, t: Tensor, dt: Tensor, f: Tensor, ratio: Tensor
 ) -> NonFiniteState | StepSizeUnderflow:
     row = int(stuck.flatten().nonzero()[0])
     at, size = problem.field.user_time(float(t.flatten()[row])), float(dt.flatten()[row])
     rows = f"{int(stuck.sum())} of {stuck.shape[0]} rows, first in row {row}"
-    if not torch.isfinite(f[row].detach()).all() or not math.isfinite(size):
+    steps_fail = not math.isfinite(size + float(ratio.flatten()[row]))
+    if steps_fail or not torch.isfinite(f[row].detach()).all():
         return NonFiniteState(
             f"non-finite values in state: the field returned nan or inf in {rows}, at t={at:.9g}. "
             "Look at the field's weights and at that row of the input."

@@ -8,6 +8,7 @@ the step. The discrete gradient calls the same recipe again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anode_fast.vector_field import HERE, PREV, VectorField
+from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
 
 Factor = float | Tensor
 
@@ -171,6 +172,7 @@ class GridStep:
     recipe: Recipe | None = None
     slope0: Tensor | None = None
     f1: Tensor | None = None
+    has_graph: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
 
     def interpolate(self, times: Sequence[float], shifts: Sequence[Tensor | None]) -> Tensor:
         """The solution at `times`, [len(times), *state]; exact at the step's end."""
@@ -182,10 +184,13 @@ class GridStep:
         x = self.interval.fraction(t, shift)
         if self.linear:
             return combine(self.y0, [self.y1 - self.y0], [x], 1.0)
-        if self.slope0 is None:
-            self.slope0 = self.field(self.interval.t0, self.y0, self.interval.shift0)
-        if self.f1 is None:
-            # Also the next step's first stage, so that a time inside costs no evaluation.
-            side = PREV if self.perturb else HERE
-            self.f1 = self.field(self.interval.t1, self.y1, self.interval.shift1, side)
+        # The slopes stay: with a graph if the step has one, even for a time asked under no_grad.
+        with torch.set_grad_enabled(self.has_graph):
+            if self.slope0 is None:
+                side = NEXT if self.perturb else HERE
+                self.slope0 = self.field(self.interval.t0, self.y0, self.interval.shift0, side)
+            if self.f1 is None:
+                # Also the next step's first stage, so that a time inside costs no evaluation.
+                side = PREV if self.perturb else HERE
+                self.f1 = self.field(self.interval.t1, self.y1, self.interval.shift1, side)
         return hermite(self, self.slope0, self.f1, x)

@@ -277,6 +277,20 @@ def test_max_order_below_4_warns(max_order):
         odeint(lambda t, y: -y, torch.ones(1), t, method="fixed_adams", options=options)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_sides_of_the_steps(method):
+    """With perturb every evaluation is made inside a step, none on a grid point."""
+    seen = []
+
+    def field(t, y):
+        seen.append(float(t))
+        return -y
+
+    t = torch.linspace(1, 2, 9, dtype=DOUBLE)
+    odeint(field, torch.ones(1, dtype=DOUBLE), t, method=method, options={"perturb": True})
+    assert not set(seen) & set(t.tolist())
+
+
 def test_every_solve_starts_with_an_empty_history():
     t = torch.linspace(0, 1, 11, dtype=DOUBLE)
     first, again = (
