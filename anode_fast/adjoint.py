@@ -499,16 +499,19 @@ class _AugmentedField:
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         _, y, adj_y, *adj_params = state
+        # An implicit method asks for this field's own Jacobian, under grad.
+        wants_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            y = y.detach().requires_grad_()
+            if not (wants_graph and y.requires_grad):
+                y = y.detach().requires_grad_()
             t = t.detach().requires_grad_()
             value = self.field(t, y)
-            grads = _grad([value], [t, y, *self.params], [-adj_y])
+            grads = _grad([value], [t, y, *self.params], [-adj_y], create_graph=wants_graph)
         parts = [
             torch.zeros_like(like) if part is None else part
             for part, like in zip(grads, [t, y, *adj_params], strict=True)
         ]
-        return (parts[0], value.detach(), *parts[1:])
+        return (parts[0], value if wants_graph else value.detach(), *parts[1:])
 
 
 def _adjoint_norm(

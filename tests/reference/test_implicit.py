@@ -323,6 +323,23 @@ def test_gradient_of_the_parameters_alone(method, linear_solver):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_continuous_gradient_tends_to_the_discrete_one(method):
+    torch.manual_seed(0)
+    linear = nn.Linear(2, 2).double()
+    t, y0 = torch.tensor([0.0, 1.0], dtype=DOUBLE), torch.randn(3, 2, dtype=DOUBLE)
+
+    def gradient(kind, steps):
+        linear.zero_grad()
+        options = {"step_size": 1 / steps}
+        field = lambda t, y: torch.tanh(linear(y))  # noqa: E731
+        odeint(field, y0, t, method=method, options=options, gradient=kind)[-1].sum().backward()
+        return linear.weight.grad.clone()
+
+    gaps = [(gradient("continuous", n) - gradient("discrete", n)).norm().item() for n in (8, 32)]
+    assert gaps[1] < max(gaps[0] / 3, 1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_discrete_gradient_equals_autograd(method):
     field, t = Perceptron(), torch.linspace(0, 0.5, 6, dtype=DOUBLE)
     grads = []
