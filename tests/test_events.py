@@ -220,6 +220,33 @@ def test_the_state_at_the_event_moves_along_the_event(interface):
         torch.testing.assert_close(got, torch.tensor(want, dtype=F64), rtol=0.0, atol=1e-7)
 
 
+@EVERY_INTERFACE
+def test_an_event_that_depends_on_time_too(interface):
+    """The ball hits a platform that rises at a speed of its own."""
+    ball, y0 = Ball(), thrown(requires_grad=True)
+    rise = torch.tensor(0.8, dtype=F64, requires_grad=True)
+    t, _ = find(y0, interface=interface, ball=ball, event_fn=lambda t, y: y[0] - rise * t)
+    speed = y0[1] - rise
+    exact = (speed + (speed**2 + 2 * ball.gravity * y0[0]).sqrt()) / ball.gravity
+    torch.testing.assert_close(t, exact, rtol=0.0, atol=1e-8)
+    inputs = (y0, rise, ball.gravity)
+    wants = torch.autograd.grad(exact, inputs)
+    for got, want in zip(torch.autograd.grad(t, inputs), wants, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)
+
+
+@EVERY_INTERFACE
+def test_odeint_itself_takes_the_events_time_as_given(interface):
+    """The state there moves with t[0]; t[1], which only tells the direction, moves nothing."""
+    ball, t = Ball(), torch.tensor([0.7, 1.7], dtype=F64, requires_grad=True)
+    solve, more = INTERFACES[interface]
+    _, states = solve(ball, thrown(), t, event_fn=ball.hit, atol=1e-10, **more)
+    (grad,) = torch.autograd.grad(states[1, 0], t)
+    impact = math.sqrt(SPEED**2 + 2 * GRAVITY * HEIGHT)
+    want = torch.tensor([impact, 0.0], dtype=F64)
+    torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-12)
+
+
 def test_no_grad_gives_no_graph():
     with torch.no_grad():
         t, states = find(thrown(requires_grad=True))
