@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm
 from anode_fast.stats import SolveStats
+from anode_fast.tableau import QUARTIC
 from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
 
 MOST_DIRECT_OUTPUTS = 3
@@ -133,8 +134,7 @@ def _held_modules(func: Callable[..., Any]) -> list[nn.Module]:
     held: list[Any] = [func, getattr(func, "__self__", None)]
     if isinstance(func, functools.partial):
         held = [*_held_modules(func.func), *func.args, *func.keywords.values()]
-    held += [x for x in _cell_contents(func)]
-    return [x for x in held if isinstance(x, nn.Module)]
+    return [x for x in (*held, *_cell_contents(func)) if isinstance(x, nn.Module)]
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def frozen_buffers(func: Callable[..., Any]) -> Iterator[None]:
 # --- what both gradients share --------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Call:
     """One solve whose gradient is wanted.
 
@@ -271,7 +271,7 @@ class Checkpoint:
     f0: Tensor | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DiscreteCall(Call):
     """A call with the discrete gradient.
 
@@ -284,7 +284,9 @@ class DiscreteCall(Call):
     checkpoints: list[Checkpoint] = field(default_factory=list)
     shifts: list[Tensor] | None = None
 
-    def trace(self, y0: Tensor, shift: Tensor | None, f0: Tensor | None) -> Tensor:
+    def trace(
+        self, y0: Tensor, shift: Tensor | None, f0: Tensor | None, stats: SolveStats
+    ) -> Tensor:
         """Solves and fills `checkpoints`."""
         self.checkpoints = []
 
@@ -293,7 +295,7 @@ class DiscreteCall(Call):
 
         problem = self.plain(y0, shift)
         self.shifts = problem.shifts
-        return self.solve(problem, self.stats, f0=f0, watch=watch)
+        return self.solve(problem, stats, f0=f0, watch=watch)
 
 
 class _Discrete(torch.autograd.Function):
@@ -302,7 +304,7 @@ class _Discrete(torch.autograd.Function):
         ctx: Any, call: DiscreteCall, y0: Tensor, shift: Tensor | None, *params: Tensor
     ) -> Tensor:
         detached = None if shift is None else shift.detach()
-        solution = call.trace(y0.detach(), detached, call.f0)
+        solution = call.trace(y0.detach(), detached, call.f0, call.stats)
         if not call.keep_steps:
             call.checkpoints = []
         ctx.call = call
@@ -326,9 +328,8 @@ def _discrete_gradient(
     evaluations = vector_field.nfe
     if not call.keep_steps:
         # The counts of the forward solve stand; only the evaluations are new.
-        stats, call.stats = call.stats, SolveStats()
-        call.trace(y0.detach(), None if shift is None else shift.detach(), None)
-        call.stats = stats
+        detached = None if shift is None else shift.detach()
+        call.trace(y0.detach(), detached, None, SolveStats())
     leaves = [x.detach().requires_grad_() for x in call.shifts] if call.shifts else []
     by_id = {id(x): leaf for x, leaf in zip(call.shifts or [], leaves, strict=True)}
     shifts: list[Tensor | None] = list(leaves) if leaves else [None] * len(times)
@@ -399,8 +400,7 @@ class Spread:
     """A forward step with many output times inside.
 
     The backward solve does not stop at them: their gradients go through the quartic interpolant to
-        its
-    five data, which lie at the step's ends and middle.
+    its five data, which lie at the step's ends and middle.
     """
 
     t0: float
@@ -409,41 +409,36 @@ class Spread:
     outputs: slice
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ContinuousCall(Call):
-    """A call with the continuous gradient."""
+    """A call with the continuous gradient.
 
-    adjoint: AdjointOptions | None = None
+    Attributes:
+        adjoint: How the adjoint ODE is solved.
+        spreads: The steps that `trace` found to have many output times inside.
+    """
+
+    adjoint: AdjointOptions
     spreads: list[Spread] = field(default_factory=list)
 
     def trace(self, y0: Tensor) -> Tensor:
         """Solves, and notes the steps with many output times inside."""
         self.spreads = []
-        times, done = self.problem.times, 1
 
         def watch(step: Any) -> None:
-            nonlocal done
-            first = done
             t0, t1 = step.interval.t0, step.interval.t1
-            while done < len(times) and times[done] <= t1:
-                done += 1
-            if done - first > MOST_DIRECT_OUTPUTS:
+            inside = step.interval.inside(self.problem.times)
+            if inside.stop - inside.start > MOST_DIRECT_OUTPUTS:
                 middle = step.interpolate([(t0 + t1) / 2], [None])[0]
                 states = torch.stack([step.y0, middle, step.y1])
-                self.spreads.append(Spread(t0, t1, states, slice(first, done)))
+                self.spreads.append(Spread(t0, t1, states, inside))
 
         problem = self.problem
-        adaptive = problem.family == FAMILIES[self.resolved().method] == ADAPTIVE
+        adaptive = problem.family == FAMILIES[self.adjoint.method] == ADAPTIVE
         may_spread = adaptive and problem.shifts is None and problem.event_fn is None
         return self.solve(
             self.plain(y0, None), self.stats, f0=self.f0, watch=watch if may_spread else None
         )
-
-    def resolved(self) -> AdjointOptions:
-        """The adjoint's options."""
-        if self.adjoint is None:
-            raise TypeError("a ContinuousCall needs its adjoint options")
-        return self.adjoint
 
 
 class _Continuous(torch.autograd.Function):
@@ -477,10 +472,8 @@ class _AugmentedField:
     """The adjoint ODE of (t's gradient, y, a, parameters' gradients), in solver time.
 
     a' = -a df/dy, and likewise the gradients with respect to t and the parameters. The one with
-    respect
-    to t is integrated even if nobody asks for it, because torchdiffeq does: its error takes part in
-        the
-    choice of steps.
+    respect to t is integrated even if nobody asks for it, because torchdiffeq does: its error takes
+    part in the choice of steps.
     """
 
     def __init__(self, vector_field: VectorField, params: Sequence[Tensor], original: Any) -> None:
@@ -566,7 +559,7 @@ def _continuous_gradient(
     shift: Tensor | None,
     params: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    problem, adjoint = call.problem, call.resolved()
+    problem, adjoint = call.problem, call.adjoint
     vector_field, want_time = problem.field, shift is not None
     evaluations = vector_field.nfe
     options = dict(adjoint.options)
@@ -636,23 +629,13 @@ def _stops(call: ContinuousCall, grad: Tensor, solution: Tensor) -> list[_Stop]:
         g, dt = grad[s.outputs], s.t1 - s.t0
         x = torch.tensor([(t - s.t0) / dt for t in times[s.outputs]], dtype=torch.float64)
         powers = torch.stack([x**0, x, x**2, x**3, x**4])
-        weights = torch.tensor(_QUARTIC, dtype=torch.float64) @ powers
+        weights = torch.tensor(QUARTIC, dtype=torch.float64) @ powers
         weights = weights.to(device=g.device, dtype=g.dtype)
         y0, middle, y1, f0, f1 = torch.tensordot(weights, g, dims=1).unbind()
         add_slope(add(s.t0, s.states[0], y0), NEXT, f0 * dt)
         add((s.t0 + s.t1) / 2, s.states[1], middle)
         add_slope(add(s.t1, s.states[2], y1), PREV, f1 * dt)
     return sorted(stops.values(), key=lambda stop: -stop.t)
-
-
-_QUARTIC = (
-    (1.0, 0.0, -11.0, 18.0, -8.0),
-    (0.0, 0.0, 16.0, -32.0, 16.0),
-    (0.0, 0.0, -5.0, 14.0, -8.0),
-    (0.0, 1.0, -4.0, 5.0, -2.0),
-    (0.0, 0.0, 1.0, -3.0, 2.0),
-)
-"""Quartic interpolation: weights of y0, y(1/2), y1, dt f0, dt f1 in powers 0 to 4 of x."""
 
 
 def _add_through_field(
@@ -683,7 +666,7 @@ def _solve_back(
     is_last: bool,
 ) -> tuple[list[Tensor], float | None]:
     """The augmented state at the interval's other end, and the step to go on with."""
-    adjoint = call.resolved()
+    adjoint = call.adjoint
     start, end = interval
     t = torch.tensor([start, end], dtype=torch.float64)
     backward = make_problem(

@@ -2,9 +2,8 @@
 
 Two families. Bad arguments are `InvalidArgument` (a ValueError) or `InvalidType` (a TypeError),
 raised before any work. A solve that cannot go on raises a `SolverError`. Both families also derive
-from
-AssertionError: programs written for torchdiffeq catch that and look at how the message starts, so
-"underflow in dt", "max_num_steps exceeded" and "non-finite values in state" are part of the
+from AssertionError: programs written for torchdiffeq catch that and look at how the message starts,
+so "underflow in dt", "max_num_steps exceeded" and "non-finite values in state" are part of the
 interface.
 """
 

@@ -66,10 +66,9 @@ def odeint(
 
     Raises:
         InvalidArgument (a ValueError), InvalidType (a TypeError): A bad argument, before any work,
-        or a
-            field whose value does not fit the state, at its first evaluation.
-        SolverError: The solve cannot go on: StepSizeUnderflow, MaxStepsExceeded, NonFiniteState,
-            ...
+            or a field whose value does not fit the state, at its first evaluation.
+        SolverError: The solve cannot go on: StepSizeUnderflow, MaxStepsExceeded, NonFiniteState
+            and their kin.
 
     The step budget options["max_num_steps"] counts attempts over the whole solve; its default is
     100,000 (4,000 for an event).
@@ -83,8 +82,6 @@ def odeint(
         backend=backend,
         gradient=gradient,
         step_control=step_control,
-        is_adjoint=False,
-        has_adjoint_options=False,
     )
     return _run(problem, plan, None, _adjoint_defaults(problem, options), return_stats)
 
@@ -349,8 +346,6 @@ def explain(
         backend=backend,
         gradient=gradient,
         step_control=step_control,
-        is_adjoint=False,
-        has_adjoint_options=False,
     )
     return describe(problem, plan)
 

@@ -50,8 +50,8 @@ def choose(
     backend: str,
     gradient: str,
     step_control: str,
-    is_adjoint: bool,
-    has_adjoint_options: bool,
+    is_adjoint: bool = False,
+    has_adjoint_options: bool = False,
 ) -> Plan:
     """The plan for a call.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anode_fast.errors import InvalidArgument, InvalidType, NonFiniteState
 from anode_fast.tableau import TABLEAUS
-from anode_fast.vector_field import Layout, VectorField
+from anode_fast.vector_field import HERE, NEXT, Layout, VectorField
 
 State = Tensor | tuple[Tensor, ...]
 Norm = Callable[[Any], Tensor | float]
@@ -124,6 +124,18 @@ class Problem:
     def backwards(self) -> bool:
         """Whether the user's time decreases."""
         return self.field.backwards
+
+    @property
+    def perturb(self) -> bool:
+        """Whether a fixed-step method evaluates next to its grid points, in case of jumps there."""
+        return bool(self.options.get("perturb", "jump_t" in self.options))
+
+    @property
+    def start_side(self) -> int:
+        """The side of times[0] on which the method evaluates the field first."""
+        if self.family == ADAPTIVE:
+            return NEXT if self.times[0] in self.options.get("jump_t", ()) else HERE
+        return NEXT if self.family != SCIPY and self.perturb else HERE
 
     def restore(self, solution: Tensor) -> State:
         """What the user gets for `solution`, [times, *state] in the solver's form."""

@@ -2,8 +2,7 @@
 
 Conventions: `c` has one entry per stage, its leading 0 included. `b_err` gives the error estimate
 directly: solution minus embedded solution. `b_mid` gives the solution in the middle of the step,
-    from
-which the interpolant is built. Coefficients are Fractions; solvers use the float64 views, made
+from which the interpolant is built. Coefficients are Fractions; solvers use the float64 views, made
 once.
 """
 
@@ -15,6 +14,16 @@ from functools import cached_property
 from math import isqrt
 
 Row = tuple[Fraction, ...]
+
+QUARTIC = (
+    (1, 0, -11, 18, -8),
+    (0, 0, 16, -32, 16),
+    (0, 0, -5, 14, -8),
+    (0, 1, -4, 5, -2),
+    (0, 0, 1, -3, 2),
+)
+"""Interpolation through y0, y(1/2), y1 with slopes f0, f1 at the ends of a step: the weights of
+y0, y(1/2), y1, dt f0 and dt f1, each a polynomial in x = (t - t0) / dt, powers 0 to 4."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +107,10 @@ class ButcherTableau:
         rows = []
         for j, (b, mid) in enumerate(zip(self.b, self.b_mid, strict=True)):
             f0, f1 = int(j == 0), int(j == self.stages - 1)
-            rows.append(
-                (
-                    float(f0),
-                    float(f1 - 4 * f0 - 5 * b + 16 * mid),
-                    float(5 * f0 - 3 * f1 + 14 * b - 32 * mid),
-                    float(2 * f1 - 2 * f0 - 8 * b + 16 * mid),
-                )
-            )
+            # y0 has weight 1 in total, so its powers 1 to 4 cancel against y(1/2)'s and y1's.
+            _, of_mid, of_y1, of_f0, of_f1 = QUARTIC
+            powers = zip(of_mid[1:], of_y1[1:], of_f0[1:], of_f1[1:], strict=True)
+            rows.append(tuple(float(mid * m + b * y1 + f0 * p + f1 * q) for m, y1, p, q in powers))
         return tuple(rows)
 
     @cached_property

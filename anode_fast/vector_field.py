@@ -220,7 +220,7 @@ class VectorField:
     def _check(self, value: Any, y: Tensor) -> Tensor:
         """The field's value as the solver wants it, or an error that says how it does not fit."""
         if self.layout:
-            value = self._packed(value)
+            value = self._packed(self.layout, value)
         elif not isinstance(value, Tensor):
             raise InvalidType(
                 f"odeint: the field returned a {type(value).__name__} for a state that is one "
@@ -250,10 +250,7 @@ class VectorField:
         checked: Tensor = value
         return checked
 
-    def _packed(self, value: Any) -> Tensor:
-        layout = self.layout
-        if layout is None:
-            raise InvalidType("odeint: no tuple state to pack")
+    def _packed(self, layout: Layout, value: Any) -> Tensor:
         if not isinstance(value, (tuple, list)):
             raise InvalidType(
                 f"odeint: the state is a tuple of {len(layout.shapes)} tensors, but the field "

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from anode_fast.errors import InvalidArgument
 from anode_fast.problem import (
-    ADAMS,
     ADAPTIVE,
     DEFAULT_MAX_STEPS_TO_EVENT,
     FIXED,
@@ -32,7 +31,6 @@ from anode_fast.reference.scipy import solve_with_scipy
 from anode_fast.reference.step import GridStep, Interval, Step
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import TABLEAUS
-from anode_fast.vector_field import HERE, NEXT
 
 MAX_GRID_STEPS_TO_EVENT = 20_000
 """Steps after which a fixed-step search for an event gives up (torchdiffeq's number)."""
@@ -57,9 +55,8 @@ def steps(
 
 def grid_recipe(problem: Problem) -> Callable[[Interval, Tensor, Tensor | None], GridStep]:
     """How the problem's fixed-step method makes one step."""
-    options, field = problem.options, problem.field
+    options, field, perturb = problem.options, problem.field, problem.perturb
     linear = options.get("interp", "cubic") == "linear"
-    perturb = bool(options.get("perturb", "jump_t" in options))
     if problem.family == FIXED:
         return FixedRecipe(field, TABLEAUS[problem.method], linear, perturb)
     if problem.family == IMPLICIT:
@@ -82,22 +79,12 @@ def grid_recipe(problem: Problem) -> Callable[[Interval, Tensor, Tensor | None],
     )
 
 
-def is_one_step(problem: Problem) -> bool:
-    """Whether the problem's steps can be made again one by one, as the discrete gradient does."""
-    return problem.family not in (ADAMS, SCIPY)
-
-
 def first_derivative(problem: Problem, *, by_row: bool = False) -> Tensor:
     """The field at the first output time, exactly as the problem's method evaluates it first."""
     shift = problem.shifts[0] if problem.shifts else None
     if by_row:
         return problem.field(row_times(problem.times[0], problem.y0), problem.y0, shift)
-    t0, options, side = problem.times[0], problem.options, HERE
-    if problem.family == ADAPTIVE:
-        side = NEXT if t0 in options.get("jump_t", ()) else HERE
-    elif problem.family != SCIPY:
-        side = NEXT if options.get("perturb", "jump_t" in options) else HERE
-    return problem.field(t0, problem.y0, shift, side)
+    return problem.field(problem.times[0], problem.y0, shift, problem.start_side)
 
 
 def solve(
@@ -181,7 +168,6 @@ __all__ = [
     "DenseSolution",
     "dense",
     "first_derivative",
-    "is_one_step",
     "solve",
     "solve_event",
 ]

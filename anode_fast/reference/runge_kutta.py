@@ -1,8 +1,7 @@
 """Explicit Runge-Kutta methods: fixed steps, adaptive steps, and adaptive steps per row.
 
 Sources: Hairer, Norsett, Wanner, Solving ODEs I, 2nd ed., II.1 and II.4. The rules for steps, jumps
-    and
-errors are torchdiffeq 0.2.5's, so that it takes the same steps.
+and errors are torchdiffeq 0.2.5's, so that it takes the same steps.
 """
 
 from __future__ import annotations
@@ -261,7 +260,7 @@ def adaptive_steps(
     t0, y = problem.times[0], problem.y0
     shift = problem.shifts[0] if problem.shifts else None
     if f0 is None:
-        f0 = field(t0, y, shift, NEXT if t0 in options.get("jump_t", ()) else HERE)
+        f0 = field(t0, y, shift, problem.start_side)
     rtol, atol = floor_tolerances(problem)
     with torch.no_grad():
         dt = options.get("first_step")
@@ -365,7 +364,7 @@ def _worst_rows(problem: Problem, y: Tensor) -> str:
 
 
 def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
-    """One or two evaluations more, made only when many steps were refused."""
+    """Two evaluations more, made only when many steps were refused."""
     with torch.no_grad():
         first, second = field(t, y), field(t, y)
         scale = torch.maximum(first.abs(), second.abs()).max()
@@ -463,8 +462,7 @@ def solve_by_row(
     """The solution at the output times, [times, batch, ...]; every row takes its own steps.
 
     The field gets t with one entry per row, [batch, 1, ...]. Rows that are done stay where they are
-    and
-    take part with a step of 0: as many evaluations as the row that needs most.
+    and take part with a step of 0: as many evaluations as the row that needs most.
 
     Raises:
         StepSizeUnderflow, MaxStepsExceeded, NonFiniteState.
