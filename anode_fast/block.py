@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import ConvField, MLPField
-from anode_fast.odeint import odeint
+from anode_fast.odeint import pad, solve_padded
 from anode_fast.problem import ADAPTIVE, FAMILIES
 from anode_fast.spec import size
 from anode_fast.stats import SolveStats
@@ -191,11 +190,11 @@ class AugODEBlock(nn.Module):
             InvalidArgument, InvalidType: An input that does not fit, before any work.
             SolverError: The solve cannot go on.
         """
-        y0 = self.augment(x)
         if eval_times is None:
-            return self._solve(y0, self._times)[-1]
+            return self._solve(x, self._times)[-1]
+        self._check_input(x)
         times, given = self._output_times(eval_times)
-        return self._solve(y0, times)[-given:]
+        return self._solve(x, times)[-given:]
 
     def trajectory(self, x: Tensor, timesteps: int) -> Tensor:
         """The states at `timesteps` equally spaced times from t[0] to t[1], both included.
@@ -212,7 +211,7 @@ class AugODEBlock(nn.Module):
         """
         timesteps = size("AugODEBlock.trajectory", "timesteps", timesteps, least=2)
         times = torch.linspace(*self.t, timesteps, dtype=torch.float64)
-        return self._solve(self.augment(x), times)
+        return self._solve(x, times)
 
     def augment(self, x: Tensor) -> Tensor:
         """The initial state: x and after it, along dim 1, the augmented part.
@@ -224,8 +223,7 @@ class AugODEBlock(nn.Module):
         if self.augment_dim == 0:
             return x
         if isinstance(self.augmentation, str):
-            # F.pad counts from the last dim.
-            return F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.augment_dim))
+            return pad(x, self.augment_dim)
         extra = self.augmentation(x)
         wanted = (x.shape[0], self.augment_dim, *x.shape[2:])
         if not isinstance(extra, Tensor) or extra.shape != wanted:
@@ -243,15 +241,21 @@ class AugODEBlock(nn.Module):
             f"rtol={self.rtol}, atol={self.atol}, gradient={self.gradient!r}"
         )
 
-    def _solve(self, y0: Tensor, times: Tensor) -> Tensor:
+    def _solve(self, x: Tensor, times: Tensor) -> Tensor:
+        columns = self.augment_dim if isinstance(self.augmentation, str) else 0
+        if columns:
+            self._check_input(x)
+        else:
+            x = self.augment(x)
         options = self.options
         if FAMILIES.get(self.method) == ADAPTIVE:  # others would warn about the option
             options = {"max_num_steps": self.max_num_steps, **options}
         solution: Tensor
-        solution, self.stats = odeint(
+        solution, self.stats = solve_padded(
             self.field,
-            y0,
+            x,
             times,
+            columns=columns,
             rtol=self.rtol,
             atol=self.atol,
             method=self.method,

@@ -108,6 +108,19 @@ class MLPField(nn.Module):
             h = F.linear(act(h), layer.weight, layer.bias)
         return h
 
+    def tensors(self) -> list[Tensor]:
+        """Weight and bias of every layer, first to last."""
+        found: list[Tensor] = []
+        for layer in self._modules["layers"]._modules.values():  # type: ignore[union-attr]
+            # Past nn.Module.__getattr__, which costs more than all else here. A parametrized
+            # layer computes its weight there.
+            own = layer._parameters  # type: ignore[union-attr]
+            if "weight" in own and "bias" in own:
+                found += own["weight"], own["bias"]  # type: ignore[arg-type]
+            else:
+                found += cast("nn.Linear", layer).weight, cast("nn.Linear", layer).bias
+        return found
+
     def spec(self) -> MLPSpec:
         """The field as plain data."""
         hidden = (self.hidden_dim,) * self.num_hidden

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_fast import adjoint, reference
+from anode_fast import adjoint, failures, fused, reference
 from anode_fast.errors import InvalidArgument, InvalidType
+from anode_fast.fields import MLPField
 from anode_fast.plan import Plan, choose, describe
-from anode_fast.problem import SCIPY, Problem, State, make_problem
-from anode_fast.stats import SolveStats
+from anode_fast.problem import (
+    DEFAULT_MAX_STEPS,
+    FIXED,
+    OPTIONS,
+    SCIPY,
+    Problem,
+    State,
+    make_problem,
+)
+from anode_fast.stats import SolveStats, Status
 
 Options = Mapping[str, Any]
 Field = Callable[..., Any]
@@ -74,16 +84,20 @@ def odeint(
     100,000 (4,000 for an event).
     """
     _refuse_unknown("odeint", unknown)
-    problem = make_problem(
-        func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
-    )
-    plan = choose(
-        problem,
+    return solve_padded(
+        func,
+        y0,
+        t,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options,
+        event_fn=event_fn,
         backend=backend,
-        gradient=gradient,
         step_control=step_control,
+        gradient=gradient,
+        return_stats=return_stats,
     )
-    return _run(problem, plan, None, _adjoint_defaults(problem, options), return_stats)
 
 
 def odeint_adjoint(
@@ -147,37 +161,203 @@ def odeint_adjoint(
         raise InvalidType(
             f"odeint_adjoint: adjoint_options is a {type(adjoint_options).__name__}, want a dict"
         )
-    problem = make_problem(
-        func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
+    arguments = _AdjointArguments(
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, _tensors(adjoint_params)
     )
-    given = (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
+    return solve_padded(
+        func,
+        y0,
+        t,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options,
+        event_fn=event_fn,
+        backend=backend,
+        step_control=step_control,
+        gradient=gradient,
+        return_stats=return_stats,
+        adjoint_arguments=arguments,
+    )
+
+
+@dataclass
+class _AdjointArguments:
+    """What odeint_adjoint takes beside odeint's arguments."""
+
+    rtol: Any
+    atol: Any
+    method: str | None
+    options: Mapping[str, Any] | None
+    params: list[Tensor] | None
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether there is nothing special to them."""
+        return self.params is None and not self.has_options
+
+    @property
+    def has_options(self) -> bool:
+        """Whether any of them is about the adjoint ODE."""
+        return any(x is not None for x in (self.rtol, self.atol, self.method, self.options))
+
+    def resolved(self, problem: Problem, options: Options | None) -> adjoint.AdjointOptions:
+        """How the adjoint ODE is solved: as the forward one where nothing else is said."""
+        inherited = {k: v for k, v in (options or {}).items() if k != "norm"}
+        return adjoint.AdjointOptions(
+            problem.rtol if self.rtol is None else self.rtol,
+            problem.atol if self.atol is None else self.atol,
+            self.method or problem.method,
+            inherited if self.options is None else dict(self.options),
+        )
+
+
+_NO_ARGUMENTS = _AdjointArguments(None, None, None, None, None)
+
+
+def _tensors(params: Iterable[Tensor] | Tensor | None) -> list[Tensor] | None:
+    """adjoint_params as a list; one tensor means that one."""
+    if params is None:
+        return None
+    many = isinstance(params, Iterable) and not isinstance(params, Tensor)
+    given: list[Any] = list(params) if many else [params]
+    for x in given:
+        if not isinstance(x, Tensor):
+            raise InvalidType(
+                f"odeint_adjoint: adjoint_params holds a {type(x).__name__}, want tensors, for "
+                "example tuple(module.parameters())."
+            )
+    return given
+
+
+def solve_padded(
+    func: Field,
+    x: State,
+    t: Tensor,
+    *,
+    columns: int = 0,
+    rtol: Any,
+    atol: Any,
+    method: str | None,
+    options: Options | None,
+    event_fn: Callable[..., Any] | None = None,
+    backend: str,
+    step_control: str,
+    gradient: str,
+    return_stats: bool,
+    adjoint_arguments: _AdjointArguments | None = None,
+) -> Any:
+    """`odeint`, or with `adjoint_arguments` `odeint_adjoint`, from x with `columns` zeros appended.
+
+    The zeros go along dim 1. The kernels append them on their own.
+    """
+    def normal(y0: State, warn: bool = True) -> Problem:
+        return make_problem(
+            func,
+            y0,
+            t,
+            rtol=rtol,
+            atol=atol,
+            method=method,
+            options=options,
+            event_fn=event_fn,
+            warn=warn,
+        )
+
+    def again(x: Tensor) -> Tensor:
+        problem = normal(pad(x, columns), warn=False)
+        return reference.solve(problem, SolveStats(), by_row=step_control == "sample")
+
+    arguments = adjoint_arguments or _NO_ARGUMENTS
+    memo = None
+    if type(func) is MLPField and event_fn is None and arguments.is_plain:
+        kind = (adjoint_arguments is None, columns, method, backend, step_control, gradient)
+        memo = fused.look_up(func, x, t, rtol, atol, options, kind)
+    if memo and memo.native:
+        call = fused.Call(memo.native, func, memo.times, (), again)
+        return _carry_out(call, x, memo.tensors, t, return_stats, normal)
+    problem = normal(pad(x, columns))
     plan = choose(
         problem,
         backend=backend,
         gradient=gradient,
         step_control=step_control,
-        is_adjoint=True,
-        has_adjoint_options=any(x is not None for x in given),
+        is_adjoint=adjoint_arguments is not None,
+        has_adjoint_options=arguments.has_options,
+        params=arguments.params,
     )
-    backward = _adjoint_defaults(problem, options)
-    backward = adjoint.AdjointOptions(
-        rtol=backward.rtol if adjoint_rtol is None else adjoint_rtol,
-        atol=backward.atol if adjoint_atol is None else adjoint_atol,
-        method=adjoint_method or backward.method,
-        options=backward.options if adjoint_options is None else dict(adjoint_options),
-    )
-    params = None
-    if adjoint_params is not None:
-        many = isinstance(adjoint_params, Iterable) and not isinstance(adjoint_params, Tensor)
-        given_params: list[Any] = list(adjoint_params) if many else [adjoint_params]
-        params = given_params
-        for x in given_params:
-            if not isinstance(x, Tensor):
-                raise InvalidType(
-                    f"odeint_adjoint: adjoint_params holds a {type(x).__name__}, want tensors, for "
-                    "example tuple(module.parameters())."
-                )
-    return _run(problem, plan, params, backward, return_stats)
+    if plan.backend == "cpu" and isinstance(x, Tensor):
+        native = fused.prepare(
+            problem,
+            func.spec(),
+            data_dim=x.shape[1],
+            gradient=plan.gradient,
+            keep_steps=plan.keep_steps,
+            by_row=plan.by_row,
+        )
+        if memo and _says_nothing(problem, options):
+            fused.remember(memo, native)
+        grid = [point for point, _ in problem.grid()] if native.fixed else []
+        call = fused.Call(native, func, problem.times, grid, again)
+        return _carry_out(call, x, func.tensors(), t, return_stats, normal)
+    backward = arguments.resolved(problem, options)
+    return _run(problem, plan, arguments.params, backward, return_stats)
+
+
+def pad(x: State, columns: int) -> State:
+    """X with zeros appended along dim 1."""
+    if not columns or not isinstance(x, Tensor):
+        return x
+    # F.pad counts from the last dim.
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, columns))
+
+
+# --- native solves --------------------------------------------------------------------------------
+
+
+def _says_nothing(problem: Problem, options: Options | None) -> bool:
+    """Whether `make_problem` had nothing to warn of."""
+    known = set(options or ()) <= OPTIONS[problem.family]
+    one_step = problem.family == FIXED and len(problem.times) == 2
+    return known and not (one_step and "step_size" not in problem.options)
+
+
+def _carry_out(
+    call: fused.Call,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    t: Tensor,
+    return_stats: bool,
+    normal: Callable[[State], Problem],
+) -> Any:
+    try:
+        solution = fused.run(call, x, tensors, t.dtype)
+    except fused.Failed as failed:
+        raise _failure(normal(pad(x, call.native.columns)), call.native, failed) from None
+    return (solution, call.stats) if return_stats else solution
+
+
+def _failure(problem: Problem, native: fused.Native, failed: fused.Failed) -> Exception:
+    """The error that the reference path raises where the kernels stopped."""
+    result, status = failed.result, failed.result.status
+    if status == fused.OUT_OF_MEMORY:
+        return MemoryError("anode_fast: no memory for the solve")
+    if native.fixed:
+        return problem.non_finite_output(result.output)
+    budget = int(problem.options.get("max_num_steps", DEFAULT_MAX_STEPS))
+    if native.by_row:
+        if status == Status.MAX_STEPS:
+            return failures.max_steps_of_rows(problem, budget, result.rows, result.t)
+        finite = status == Status.UNDERFLOW
+        where = (result.row, result.rows, result.t, result.dt)
+        return failures.stuck_rows(problem, *where, finite)
+    y, f = failed.solution[0], failed.solution[1]
+    where = (result.t, result.dt)
+    if status == Status.MAX_STEPS:
+        return failures.max_steps(problem, budget, *where, result.accepted, result.rejected)
+    if status == Status.UNDERFLOW:
+        return failures.underflow(problem, *where, result.accepted, result.rejected, y)
+    return failures.non_finite(problem, *where, result.accepted + result.rejected, f)
 
 
 def odeint_event(
@@ -358,11 +538,6 @@ def _refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
         )
     if unknown:
         raise InvalidType(f"{name}: unexpected arguments {', '.join(unknown)}")
-
-
-def _adjoint_defaults(problem: Problem, options: Options | None) -> adjoint.AdjointOptions:
-    inherited = {k: v for k, v in (options or {}).items() if k != "norm"}
-    return adjoint.AdjointOptions(problem.rtol, problem.atol, problem.method, inherited)
 
 
 def _run(

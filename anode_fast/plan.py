@@ -6,22 +6,24 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from anode_fast import fused
 from anode_fast.errors import InvalidArgument
+from anode_fast.fields import MLPField
+from anode_fast.kernels.cpu import library
 from anode_fast.problem import ADAMS, ADAPTIVE, SCIPY, Problem
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 GRADIENTS = ("auto", "autograd", "discrete", "continuous")
 STEP_CONTROLS = ("batch", "sample")
 
-_NOT_BUILT = {
-    "cpu": "the C++ kernels are not part of this version",
-    "triton": "the Triton kernels are not part of this version",
-}
+_NO_TRITON = "the Triton kernels are not part of this version"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Plan:
     """How a call is carried out.
 
     Attributes:
-        backend: "reference".
+        backend: "reference" or "cpu".
         gradient: "autograd", "discrete" or "continuous".
         keep_steps: For "discrete": whether the steps' states stay in memory until the backward
             pass.
@@ -52,6 +54,7 @@ def choose(
     step_control: str,
     is_adjoint: bool = False,
     has_adjoint_options: bool = False,
+    params: Sequence[Tensor] | None = None,
 ) -> Plan:
     """The plan for a call.
 
@@ -60,6 +63,7 @@ def choose(
         backend, gradient, step_control: As the user gave them.
         is_adjoint: Whether the call came through odeint_adjoint.
         has_adjoint_options: Whether it gave adjoint_rtol, _atol, _method or _options.
+        params: Its adjoint_params.
 
     Raises:
         InvalidArgument: An unknown name, or a named backend or gradient that cannot run this call.
@@ -71,24 +75,7 @@ def choose(
     ):
         if value not in allowed:
             raise InvalidArgument(f"odeint: {name} is {value!r}, want one of {', '.join(allowed)}")
-    if backend in _NOT_BUILT:
-        raise InvalidArgument(
-            f'odeint: backend="{backend}" cannot run this call: {_NOT_BUILT[backend]}. Use '
-            '"auto" or "reference".'
-        )
-    reasons = [
-        "backend: asked for"
-        if backend == "reference"
-        else "backend: " + "; ".join(_NOT_BUILT.values())
-    ]
     by_row = step_control == "sample"
-    one_step = problem.family not in (ADAMS, SCIPY)
-    keep_steps = True
-    if gradient == "auto":
-        gradient, keep_steps, reason = _automatic(problem, is_adjoint, has_adjoint_options, by_row)
-        reasons.append("gradient: " + reason)
-    else:
-        reasons.append("gradient: asked for")
     if by_row and (
         problem.family != ADAPTIVE or problem.y0.dim() < 1 or problem.layout or problem.event_fn
     ):
@@ -97,7 +84,7 @@ def choose(
             f"[batch, ...] that is one tensor, got method {problem.method} and a state of shape "
             f"{tuple(problem.y0.shape)}{' (a tuple)' if problem.layout else ''}."
         )
-    if gradient == "discrete" and not one_step:
+    if gradient == "discrete" and problem.family in (ADAMS, SCIPY):
         raise InvalidArgument(
             f'odeint: gradient="discrete" needs a one-step method, and {problem.method} is none. '
             'Use "autograd" or "continuous".'
@@ -106,13 +93,57 @@ def choose(
         raise InvalidArgument(
             'odeint: gradient="continuous" needs step_control="batch". Use gradient="discrete".'
         )
-    return Plan("reference", gradient, keep_steps, by_row, tuple(reasons))
+    chosen, why = _choose_backend(problem, backend, gradient, has_adjoint_options, params)
+    keep_steps = True
+    if gradient == "auto":
+        automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, chosen)
+        gradient, keep_steps, reason = automatic
+        why = (*why, "gradient: " + reason)
+    else:
+        why = (*why, "gradient: asked for")
+    return Plan(chosen, gradient, keep_steps, by_row, why)
+
+
+def _choose_backend(
+    problem: Problem,
+    backend: str,
+    gradient: str,
+    has_adjoint_options: bool,
+    params: Sequence[Tensor] | None,
+) -> tuple[str, tuple[str, ...]]:
+    """The backend, and why."""
+    if backend == "reference":
+        return "reference", ("backend: asked for",)
+    field = problem.original
+    known = type(field) is MLPField
+    tensors = field.tensors() if isinstance(field, MLPField) and known else []
+    spec = field.spec() if isinstance(field, MLPField) and known else None
+    no_cpu = fused.why_not(problem, spec, tensors)
+    if not no_cpu and gradient == "autograd":
+        no_cpu = 'gradient="autograd" goes through the reference solver\'s operations'
+    if not no_cpu and (gradient == "continuous" or (gradient == "auto" and has_adjoint_options)):
+        no_cpu = "the adjoint ODE is solved on the reference path"
+    if not no_cpu and params is not None and {id(x) for x in params} != {id(x) for x in tensors}:
+        no_cpu = "adjoint_params are not the field's own parameters"
+    reasons = {"cpu": no_cpu, "triton": _NO_TRITON}
+    if backend != "auto" and reasons[backend]:
+        raise InvalidArgument(
+            f'odeint: backend="{backend}" cannot run this call: {reasons[backend]}. Use '
+            '"auto" or "reference".'
+        )
+    if not no_cpu:
+        return "cpu", ("backend: the C++ kernels run the whole solve in one call",)
+    return "reference", tuple(f"backend: not {name}: {why}" for name, why in reasons.items())
 
 
 def _automatic(
-    problem: Problem, is_adjoint: bool, has_adjoint_options: bool, by_row: bool
+    problem: Problem, is_adjoint: bool, has_adjoint_options: bool, by_row: bool, backend: str
 ) -> tuple[str, bool, str]:
     """Gradient, whether it keeps the steps, and why."""
+    if backend == "cpu":
+        if is_adjoint and problem.family != ADAPTIVE:
+            return "discrete", False, "odeint_adjoint with fixed steps solves once more for it"
+        return "discrete", True, "the kernels' exact gradient"
     if not is_adjoint:
         return "autograd", True, "odeint differentiates through the solver's own operations"
     if by_row:
@@ -161,6 +192,9 @@ def show_config() -> str:
         f"instruction set {torch.backends.cpu.get_cpu_capability()}",
         f"gpu: {from_cuda}",
         "backend reference: works (pure PyTorch, any device)",
-        *(f"backend {name}: missing: {why}" for name, why in _NOT_BUILT.items()),
+        f"backend cpu: missing: {library.missing()}"
+        if library.missing()
+        else f"backend cpu: works (C++, {library.instruction_set()}, {library.path()})",
+        f"backend triton: missing: {_NO_TRITON}",
     ]
     return "\n".join(lines)

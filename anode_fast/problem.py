@@ -176,32 +176,22 @@ class Problem:
         step_size: float | None = self.options.get("step_size")
         constructor: Callable[..., Tensor] | None = self.options.get("grid_constructor")
         first, last = (self.shifts[0], self.shifts[-1]) if self.shifts else (None, None)
-        # In t's own dtype, as torchdiffeq does it: rounding decides whether 0.3 / 0.1 is 3 steps.
-        t = self.t.detach().cpu()
-        t = -t if self.backwards else t
         if step_size is not None:
-            steps = math.ceil(((t[-1] - t[0]) / step_size + 1).item())
-            if steps > MAX_GRID:
-                raise InvalidArgument(
-                    f"odeint: step_size={step_size} makes {steps - 1} steps between "
-                    f"t={self.t[0].item():g} and {self.t[-1].item():g}; at most {MAX_GRID} are "
-                    "taken. Use a larger step_size."
-                )
-            points = torch.arange(0, steps, dtype=t.dtype) * step_size + t[0]
-            points[-1] = t[-1]
+            t = self.t.detach().cpu()
+            grid = step_grid(-t if self.backwards else t, step_size)
         elif constructor is not None:
             state = self.layout.unpack(self.y0) if self.layout else self.y0
             # As torchdiffeq does it, the constructor sees the user's own time.
             points = constructor(self.original, state, self.t.detach())
-            points = (-points if self.backwards else points).detach().cpu()
+            grid = (-points if self.backwards else points).detach().cpu().tolist()
         else:  # one step from each output time to the next
             shifts: Sequence[Tensor | None] = self.shifts or [None] * len(self.times)
             return self._with_jumps(list(zip(self.times, shifts, strict=True)))
-        grid = points.tolist()
         if not grid or grid[0] != self.times[0] or grid[-1] != self.times[-1]:
             raise InvalidArgument(
                 f"odeint: grid_constructor must give times from t[0]={self.t[0].item():g} to "
-                f"t[-1]={self.t[-1].item():g}, both included, got {points.tolist()[:4]}..."
+                f"t[-1]={self.t[-1].item():g}, both included, got "
+                f"{[self.field.user_time(point) for point in grid[:4]]}..."
             )
         if any(b <= a for a, b in zip(grid, grid[1:], strict=False)):
             raise InvalidArgument("odeint: the times of grid_constructor must be strictly monotone")
@@ -233,6 +223,26 @@ class Problem:
         known = {t for t, _ in grid}
         inside = [(t, None) for t in jumps if grid[0][0] < t < grid[-1][0] and t not in known]
         return sorted([*grid, *inside], key=lambda point: point[0]) if inside else grid
+
+
+def step_grid(t: Tensor, step_size: float) -> list[float]:
+    """Times from t[0] to t[-1] (solver time), step_size apart but for the last step.
+
+    In t's own dtype, as torchdiffeq does it: rounding decides whether 0.3 / 0.1 is 3 steps.
+
+    Raises:
+        InvalidArgument: More than `MAX_GRID` steps.
+    """
+    steps = math.ceil(((t[-1] - t[0]) / step_size + 1).item())
+    if steps > MAX_GRID:
+        raise InvalidArgument(
+            f"odeint: step_size={step_size} makes {steps - 1} steps over an interval of length "
+            f"{(t[-1] - t[0]).item():g}; at most {MAX_GRID} are taken. Use a larger step_size."
+        )
+    points = torch.arange(0, steps, dtype=t.dtype) * step_size + t[0]
+    points[-1] = t[-1]
+    grid: list[float] = points.tolist()
+    return grid
 
 
 def make_problem(

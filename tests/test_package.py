@@ -87,7 +87,7 @@ class Block(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Block())
 import anode_fast
-import anode_fast.kernels.cpu, anode_fast.kernels.gpu
+import anode_fast.kernels.cpu.library, anode_fast.kernels.gpu
 
 assert "triton" not in sys.modules
 unwanted = {"scipy", "torchvision", "matplotlib", "torchdiffeq"} & set(sys.modules)
@@ -106,6 +106,45 @@ def test_import_needs_no_triton_gpu_compiler_or_scipy(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+NOT_BUILT = {
+    "no compiler": ({"CXX": "/nonexistent"}, "no C++ compiler: /nonexistent not found"),
+    "an unfit compiler": ({"CXX": "false"}, "libanode_baseline.so does not compile"),
+    "not wanted": ({"ANODE_FAST_NO_CPU_KERNELS": "1"}, "ANODE_FAST_NO_CPU_KERNELS=1 was set"),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files as on Linux")
+@pytest.mark.parametrize("case", NOT_BUILT)
+def test_it_builds_without_the_cpu_kernels_and_says_so(case, tmp_path):
+    changes, reason = NOT_BUILT[case]
+    # Nothing is written into the checkout.
+    build = f"setup.py egg_info --egg-base {tmp_path} build --build-base {tmp_path}"
+    build += f" --build-lib {tmp_path / 'lib'}"
+    done = subprocess.run(
+        [sys.executable, *build.split()],
+        cwd=ROOT,
+        env=os.environ | changes,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"anode_fast: {reason}" in done.stdout
+    built = tmp_path / "lib" / "anode_fast" / "kernels" / "cpu"
+    assert (built / "library.py").exists()
+    assert not list(built.glob("*.so"))
+    look = "from anode_fast.kernels.cpu import library as a; print(a.load(), a.path(), a.missing())"
+    done = subprocess.run(
+        [sys.executable, "-c", look],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith(f"None  {reason}"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -16,13 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anode_fast import failures
 from anode_fast.controller import Controller, first_guess, initial_step
-from anode_fast.errors import (
-    MaxStepsExceeded,
-    NonDeterministicField,
-    NonFiniteState,
-    StepSizeUnderflow,
-)
+from anode_fast.errors import NonDeterministicField
 from anode_fast.problem import DEFAULT_MAX_STEPS, Norm, Problem
 from anode_fast.reference.step import GridStep, Interval, Recipe, Step, combine, moved
 from anode_fast.stats import SolveStats
@@ -267,7 +263,7 @@ def adaptive_steps(
         if dt is None:
             dt = choose_initial_step(field, t0, y, f0, tableau.order, (rtol, atol), norm)
     if not math.isfinite(dt):
-        raise _non_finite(problem, t0, dt, 0, y, f0)
+        raise failures.non_finite(problem, t0, dt, 0, f0)
     dt = rounded(controller.clamp(dt))
     steps_end_on, jumps = Marks(options.get("step_t", ())), Marks(options.get("jump_t", ()))
     ratio, refused_in_a_row, doubted = 0.0, 0, False
@@ -275,25 +271,14 @@ def adaptive_steps(
     while t0 < t_end:
         attempts = stats.accepted + stats.rejected
         if attempts >= budget:
-            raise MaxStepsExceeded(
-                f"max_num_steps exceeded ({attempts}>={budget}) at t={field.user_time(t0):.9g}, "
-                f"dt={dt:.3g}: {stats.accepted} steps accepted, {stats.rejected} rejected. Loosen "
-                "rtol and atol, raise options['max_num_steps'], or look at whether the field "
-                "became stiff."
-            )
+            raise failures.max_steps(problem, budget, t0, dt, stats.accepted, stats.rejected)
         if on_step:
             on_step(t0, y, dt)
         t1 = rounded(t0 + dt)
         if not t1 > t0:
             if not math.isfinite(ratio):
-                raise _non_finite(problem, t0, dt, attempts, y, f0)
-            raise StepSizeUnderflow(
-                f"underflow in dt {dt:.3g} at t={field.user_time(t0):.9g} after {stats.accepted} "
-                f"accepted and {stats.rejected} rejected steps: no step that still advances t "
-                f"meets the tolerance{_worst_rows(problem, y)}. The solution may blow up there, "
-                "the field may jump (options['jump_t']) or be stiff (an implicit method), or "
-                f"rtol and atol are too tight for {y.dtype}."
-            )
+                raise failures.non_finite(problem, t0, dt, attempts, f0)
+            raise failures.underflow(problem, t0, dt, stats.accepted, stats.rejected, y)
         mark = steps_end_on.before(t0, t1)
         jump = jumps.before(t0, t1 if mark is None else mark)
         landing = mark if jump is None else jump
@@ -323,7 +308,7 @@ def adaptive_steps(
             if not math.isfinite(ratio):
                 non_finite, non_finite_at = non_finite + 1, t1
                 if dt <= controller.min_step or non_finite == MOST_NON_FINITE_ATTEMPTS:
-                    raise _non_finite(problem, t0, dt, attempts + 1, y, f0)
+                    raise failures.non_finite(problem, t0, dt, attempts + 1, f0)
             dt = rounded(controller.next_step(dt, ratio))
             noisy = refused_in_a_row == REJECTIONS_BEFORE_DOUBT or stats.rejected == 64
             if noisy and not doubted and math.isfinite(ratio):
@@ -335,32 +320,6 @@ def _rounding(dtype: torch.dtype, state_dtype: torch.dtype) -> Callable[[float],
     if torch.float64 in (dtype, state_dtype.to_real()):
         return float
     return lambda t: float(np.float32(t))
-
-
-def _non_finite(
-    problem: Problem, t: float, dt: float, attempts: int, y: Tensor, f: Tensor
-) -> NonFiniteState:
-    f_bad = ~torch.isfinite(f.detach())
-    what = "the field returned nan or inf" if f_bad.any() else "a trial step became nan or inf"
-    rows = ""
-    if f_bad.any() and y.dim() > 1:
-        rows = f" in {int(f_bad.flatten(1).any(1).sum())} of {y.shape[0]} rows"
-    return NonFiniteState(
-        f"non-finite values in state: {what}{rows} at t={problem.field.user_time(t):.9g}, "
-        f"dt={dt:.3g}, attempt {attempts}; the last accepted state there is finite. Look at the "
-        "field's weights and inputs at this t (a diverged training step, log or division), or "
-        "clip them."
-    )
-
-
-def _worst_rows(problem: Problem, y: Tensor) -> str:
-    if y.dim() < 2 or problem.layout or y.shape[0] < 2:
-        return ""
-    size = y.detach().abs().flatten(1).amax(1)
-    return (
-        f" (largest |y| in row {int(size.argmax())}: {float(size.max()):.3g}, median over "
-        f"{y.shape[0]} rows {float(size.median()):.3g})"
-    )
 
 
 def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
@@ -504,14 +463,17 @@ def row_steps(
     ratio, running = torch.zeros_like(t), t < t_end
     while running.any():
         if int((accepted + rejected).max()) >= budget:
-            raise MaxStepsExceeded(
-                f"max_num_steps exceeded ({budget}) in {int(running.sum())} of {y.shape[0]} rows, "
-                f"the slowest at t={field.user_time(float(t.min())):.9g}. Loosen rtol and atol or "
-                "raise options['max_num_steps']."
-            )
+            rows = int(running.sum())
+            raise failures.max_steps_of_rows(problem, budget, rows, float(t.min()))
         stuck = ~(t + dt > t) | (~ratio.isfinite() & (dt <= controller.min_step))
         if (running & stuck).any():
-            raise _stuck_rows(problem, running & stuck, t, dt, f, ratio)
+            stuck = (running & stuck).flatten()
+            row = int(stuck.nonzero()[0])
+            size = float(dt.flatten()[row])
+            finite = math.isfinite(size + float(ratio.flatten()[row]))
+            finite = finite and bool(torch.isfinite(f[row].detach()).all())
+            at = float(t.flatten()[row])
+            raise failures.stuck_rows(problem, row, int(stuck.sum()), at, size, finite)
         t1 = torch.where(running, t + dt, t)
         step = recipe(RowInterval(t, t1, shift, shift, dtype=dtype), y, f)
         with torch.no_grad():
@@ -563,21 +525,3 @@ def _initial_step_by_row(
         largest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1.0 / order)
     )
     return torch.minimum(100 * h0, h1)
-
-
-def _stuck_rows(
-    problem: Problem, stuck: Tensor, t: Tensor, dt: Tensor, f: Tensor, ratio: Tensor
-) -> NonFiniteState | StepSizeUnderflow:
-    row = int(stuck.flatten().nonzero()[0])
-    at, size = problem.field.user_time(float(t.flatten()[row])), float(dt.flatten()[row])
-    rows = f"{int(stuck.sum())} of {stuck.shape[0]} rows, first in row {row}"
-    steps_fail = not math.isfinite(size + float(ratio.flatten()[row]))
-    if steps_fail or not torch.isfinite(f[row].detach()).all():
-        return NonFiniteState(
-            f"non-finite values in state: the field returned nan or inf in {rows}, at t={at:.9g}. "
-            "Look at the field's weights and at that row of the input."
-        )
-    return StepSizeUnderflow(
-        f"underflow in dt {size:.3g} at t={at:.9g} in {rows}. The solution may blow up there, or "
-        "rtol and atol are too tight for the state's dtype."
-    )

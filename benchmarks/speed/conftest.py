@@ -1,74 +1,124 @@
-"""Two solvers timed by turns in one process, and a table of their ratios at the end."""
+"""The fixture `versus`, which times solvers by turns, and the tables at the end."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-ROUNDS, WARMUP = 150, 15
+from benchmarks import machine
+from benchmarks.speed.rivals import Case, Worker, is_installed
+from benchmarks.speed.tables import Sheet, comparison, details
+from benchmarks.speed.turns import Rival, Turns
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: at this size a second one only adds noise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+PACKAGES = ("torch", "torchdiffeq", "torchode", "diffrax", "jax")
 
 
 @pytest.fixture
-def versus(benchmark) -> Callable[..., None]:
-    """Times `ours` through pytest-benchmark with `theirs` in every pause between two rounds.
+def versus(benchmark, request) -> Iterator[Callable[..., None]]:
+    """Times rivals by turns: the first through pytest-benchmark, the others between its rounds.
 
-    So both see the same machine at the same time. The medians' ratio goes into extra_info.
+    Arguments of the function that it gives:
+        case: What they all do, in words.
+        rivals: By name; first ours, then the one to compare with, then any others. None stands for
+            one that is not installed.
+        targets: Ratios wanted, by name of the rival that is to be so many times slower.
+        effort: Run this many times as long as pytest-benchmark's --benchmark-max-time.
+
+    A rival that has `observe` is asked for its evaluations and, for a `Case`, for its error; what
+    it computes must be what the first one computes.
     """
+    threads = torch.get_num_threads()
 
-    def run(ours: Callable[[], None], theirs: Callable[[], None], **extra: object) -> None:
-        seconds: list[float] = []
-
-        def pause() -> None:
-            start = time.perf_counter()
-            theirs()
-            seconds.append(time.perf_counter() - start)
-
-        for _ in range(WARMUP):
-            ours()
-            theirs()
-        benchmark.pedantic(ours, setup=pause, rounds=ROUNDS, iterations=1)
-        theirs_ms = statistics.median(seconds) * 1e3
-        ours_ms = benchmark.stats.stats.median * 1e3
+    def run(
+        case: object,
+        rivals: Mapping[str, Rival | None],
+        *,
+        targets: Mapping[str, float] | None = None,
+        effort: float = 1,
+    ) -> None:
+        present = {name: rival for name, rival in rivals.items() if rival}
+        ours, theirs, *_ = rivals
+        figures: dict[str, dict | None] = dict.fromkeys(rivals)
+        figures.update(_observe(case, present))
+        config = request.config
+        turns = Turns(
+            present,
+            seconds=effort * float(config.getoption("benchmark_max_time")),
+            min_rounds=config.getoption("benchmark_min_rounds"),
+        )
+        benchmark.pedantic(present[ours], setup=turns.before_round, rounds=turns.rounds)
+        if benchmark.disabled:
+            return
+        medians = {ours: benchmark.stats.stats.median} | turns.medians()
+        for name, seconds in medians.items():
+            figures[name]["ms"] = seconds * 1e3
         benchmark.extra_info.update(
-            extra, torchdiffeq_ms=theirs_ms, anode_fast_ms=ours_ms, ratio=theirs_ms / ours_ms
+            case=str(case), ours=ours, theirs=theirs, targets=dict(targets or {}), rivals=figures
         )
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
+
+
+def _observe(case: object, rivals: Mapping[str, Rival]) -> dict[str, dict]:
+    """Evaluations and errors by name."""
+    outcomes = {}
+    for name, rival in rivals.items():
+        torch.set_num_threads(rival.threads)
+        outcomes[name] = rival.observe()
+    first = next(iter(outcomes.values()))
+    figures = {}
+    for name, outcome in outcomes.items():
+        assert outcome.agrees_with(first), f"{name} computes something else on {case}"
+        figures[name] = {"nfe": outcome.nfe, "nfe_backward": outcome.nfe_backward}
+        if isinstance(case, Case):
+            figures[name]["error"] = case.error(outcome.y1)
+    return figures
+
+
+@pytest.fixture(scope="session")
+def diffrax_worker() -> Iterator[Callable[[int], Worker | None]]:
+    """The process that runs diffrax on so many threads, None if diffrax is not installed."""
+    workers: dict[int, Worker] = {}
+
+    def get(threads: int) -> Worker | None:
+        if not is_installed("diffrax"):
+            return None
+        if threads not in workers:
+            workers[threads] = Worker(threads)
+        return workers[threads]
+
+    yield get
+    for worker in workers.values():
+        worker.close()
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    """The table of ratios."""
+    """Prints the tables and writes them as Markdown, a file for each module of cases."""
     session = getattr(config, "_benchmarksession", None)
-    rows = [b for b in session.benchmarks if "ratio" in b.extra_info] if session else []
-    if not rows:
-        return
-    table = Table(title="median ms, alternating runs, one thread", title_justify="left")
-    for name in ("case", "NFE forward", "NFE backward", "torchdiffeq", "anode_fast", "ratio"):
-        table.add_column(name, justify="left" if name == "case" else "right")
-    for b in rows:
-        info = b.extra_info
-        table.add_row(
-            escape(b.name.removeprefix("test_reference_")),
-            str(info["nfe"]),
-            str(info["nfe_backward"]),
-            f"{info['torchdiffeq_ms']:.3f}",
-            f"{info['anode_fast_ms']:.3f}",
-            f"{info['ratio']:.2f}",
-        )
-    Console(width=110).print(table)
+    compared = [b for b in session.benchmarks if "rivals" in b.extra_info] if session else []
+    console = Console(width=max(terminalreporter._tw.fullwidth, 150))
+    note = f"Medians of alternating runs. {machine.summary(*PACKAGES)}."
+    for module, of_module in groupby(compared, lambda b: Path(b.fullname.split("::")[0]).stem):
+        sheets = _sheets(of_module)
+        console.print(*(sheet.rich() for sheet in sheets), note, sep="\n")
+        path = Path("results/speed", f"{module.removeprefix('test_')}.md")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([*(sheet.markdown() for sheet in sheets), note]) + "\n")
+        console.print(f"The same as Markdown: {path}", markup=False)
+
+
+def _sheets(benchmarks) -> list[Sheet]:
+    """A comparison for each group of benchmarks; details too where there are several solvers."""
+    sheets = []
+    for group, members in groupby(benchmarks, lambda b: b.group):
+        cases = [b.extra_info for b in members]
+        sheets.append(comparison(group, cases))
+        if any(len(info["rivals"]) > 2 for info in cases):
+            sheets.append(details(f"{group}: what each did", cases))
+    return sheets

@@ -1,11 +1,14 @@
 """The reference path against torchdiffeq on the paper's toy field, 7-32-32-7, batch 64.
 
-Same weights, inputs, tolerance and number of evaluations (asserted). Run:
+Same weights, inputs, tolerance and number of evaluations (asserted), one thread: at this size a
+second one only adds noise. Run:
 
     pytest benchmarks --benchmark-only -k reference
 """
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -13,9 +16,10 @@ import torchdiffeq
 from torch import Tensor, nn
 
 import anode_fast
-from anode_fast import MLPField
+from benchmarks.speed.rivals import DIM, Case, like_torchdiffeq
 
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
+CASE = Case(batch=64, width=32)
+EFFORT = 4  # enough for the full number of rounds
 
 
 class Concatenating(nn.Module):
@@ -24,7 +28,7 @@ class Concatenating(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 7)
+            nn.Linear(DIM + 1, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, DIM)
         )
         self.nfe = 0
 
@@ -34,52 +38,47 @@ class Concatenating(nn.Module):
         return self.layers(torch.cat([t.expand(y.shape[0], 1), y], dim=1))
 
 
-FIELDS = {"MLPField": lambda: MLPField(7, 32), "concatenating": Concatenating}
-SOLVERS = {
-    "odeint": (torchdiffeq.odeint, anode_fast.odeint),
-    "odeint_adjoint": (torchdiffeq.odeint_adjoint, anode_fast.odeint_adjoint),
-}
+FIELDS = {"MLPField": lambda: CASE.field, "concatenating": Concatenating}
 
 
 @pytest.fixture(params=FIELDS)
-def field(request) -> nn.Module:
-    """The same field, with the same weights, for both sides."""
+def field(request) -> tuple[str, nn.Module]:
+    """Name of the field, and the field: the same weights for both sides."""
     torch.manual_seed(0)
-    return FIELDS[request.param]()
+    return request.param, FIELDS[request.param]()
 
 
-def cases(field: nn.Module, solver: str, backward: bool):
-    """Two calls that do the same work, and their evaluations (forward, backward)."""
-    y0, t = torch.randn(64, 7), torch.tensor([0.0, 1.0])
-    runs, counts = [], []
-    for solve in SOLVERS[solver][::-1]:
+@pytest.fixture
+def race(field, versus):
+    """Times one of our functions against torchdiffeq's function of the same name."""
+    name, module = field
 
-        def run(solve=solve) -> int:
-            field.nfe = 0
-            y1 = solve(field, y0, t, **TOLERANCE)[-1]
-            forward = field.nfe
-            if backward:
-                y1.sum().backward()
-            return forward
+    def run(function: str, work: str, *, gradient: bool) -> None:
+        solves = {
+            "anode_fast": functools.partial(getattr(anode_fast, function), backend="reference"),
+            "torchdiffeq": getattr(torchdiffeq, function),
+        }
+        rivals = {
+            solver: like_torchdiffeq(solve, module, CASE.y0, gradient=gradient)
+            for solver, solve in solves.items()
+        }
+        ours, theirs = (rival.observe() for rival in rivals.values())
+        assert (ours.nfe, ours.nfe_backward) == (theirs.nfe, theirs.nfe_backward)
+        versus(f"{name}, {work}", rivals, effort=EFFORT)
 
-        forward = run()
-        runs.append(run)
-        counts.append((forward, field.nfe - forward))
-    return runs, counts
+    return run
 
 
+@pytest.mark.benchmark(group="reference path, batch 64, one thread")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_reference_forward(field, grad, versus):
+def test_reference_forward(grad, race):
     """One forward solve, with and without a graph."""
     with torch.set_grad_enabled(grad):
-        (ours, theirs), counts = cases(field, "odeint", backward=False)
-        assert counts[0] == counts[1], f"evaluations differ: {counts}"
-        versus(ours, theirs, nfe=counts[0][0], nfe_backward=0)
+        race("odeint", "forward" if grad else "forward, no grad", gradient=False)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_reference_forward_backward(field, solver, versus):
+@pytest.mark.benchmark(group="reference path, batch 64, one thread")
+@pytest.mark.parametrize("function", ["odeint", "odeint_adjoint"])
+def test_reference_forward_backward(function, race):
     """A forward solve and the gradient of its weights."""
-    (ours, theirs), counts = cases(field, solver, backward=True)
-    assert counts[0] == counts[1], f"evaluations differ: {counts}"
-    versus(ours, theirs, nfe=counts[0][0], nfe_backward=counts[0][1])
+    race(function, f"{function}, forward + backward", gradient=True)

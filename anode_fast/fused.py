@@ -1,0 +1,415 @@
+"""Native solves: binds a field, a tableau and a call's options to the kernels.
+
+`why_not` says whether the CPU kernels can run a problem, `prepare` makes what runs it, `run` runs
+it. A call that was prepared once is remembered by its settings, so that the next call like it goes
+to the kernels without being taken apart again: that would cost more than the solve.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from anode_fast.kernels.cpu import library
+from anode_fast.kernels.cpu import solve as cpu
+from anode_fast.problem import ADAPTIVE, DEFAULT_MAX_STEPS, FIXED, Problem, step_grid
+from anode_fast.spec import ACTIVATIONS, MLPSpec
+from anode_fast.stats import SolveStats, Status
+from anode_fast.tableau import TABLEAUS, ButcherTableau
+
+OUT_OF_MEMORY = cpu.OUT_OF_MEMORY
+_PLAIN = (Tensor, nn.Parameter)
+_CALLBACKS = frozenset({"callback_step", "callback_accept_step", "callback_reject_step"})
+
+
+class MLP(Protocol):
+    """What this module needs of an MLPField."""
+
+    def tensors(self) -> list[Tensor]:
+        """Weight and bias of every layer, first to last."""
+
+
+# --- what the kernels can run ---------------------------------------------------------------------
+
+
+def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -> str:
+    """Why the CPU kernels cannot run this problem; "" if they can.
+
+    Args:
+        problem: The call in normal form.
+        spec: Of the field, None if it has none.
+        parameters: The field's weights and biases.
+    """
+    func, options, y0 = problem.original, problem.options, problem.y0
+    if library.load() is None:
+        return library.missing()
+    if spec is None:
+        return f"the field is {_described(func)}, and the kernels know MLPField only"
+    if problem.family not in (FIXED, ADAPTIVE):
+        return f"{problem.method} is no explicit Runge-Kutta method"
+    if problem.event_fn is not None:
+        return "it searches for an event"
+    if y0.device.type != "cpu" or y0.dtype not in (torch.float32, torch.float64):
+        return f"the state is {y0.dtype} on {y0.device}, want float32 or float64 on the CPU"
+    if y0.dim() != 2 or problem.layout is not None:
+        return "the state is not one tensor [batch, dim]"
+    if not all(type(x) in _PLAIN for x in (y0, *parameters)):
+        return "the state or a weight is no plain tensor"
+    if any(p.dtype != y0.dtype or not p.is_cpu for p in parameters):
+        return "the weights have another dtype or device than the state"
+    if problem.shifts is not None:
+        return "a gradient with respect to t is wanted"
+    if isinstance(problem.rtol, Tensor) or isinstance(problem.atol, Tensor):
+        return "rtol or atol is a tensor"
+    for name in ("norm", "step_t", "jump_t"):
+        if name in options and not (name == "norm" and problem.family == FIXED):
+            return f"it has the option {name}"
+    if problem.family == FIXED and problem.perturb:
+        return "it has the option perturb"
+    if any(problem.callback(name) for name in _CALLBACKS):
+        return "the field has callbacks"
+    if _has_hooks(func):
+        return "the field has hooks, which would not run"
+    if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
+        return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
+    return _why_not_now()
+
+
+def _why_not_now() -> str:
+    """What forbids native calls whatever the problem."""
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it runs under a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on"
+    return ""
+
+
+def _has_hooks(func: nn.Module) -> bool:
+    members = func.__dict__
+    return bool(
+        members["_forward_hooks"]
+        or members["_forward_pre_hooks"]
+        or members["_backward_hooks"]
+        or members["_backward_pre_hooks"]
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+def _described(func: Callable[..., Any]) -> str:
+    name = type(func).__name__ if isinstance(func, nn.Module) else getattr(func, "__name__", "")
+    return f"{'an nn.Module' if isinstance(func, nn.Module) else 'a function'} {name}".rstrip()
+
+
+# --- what runs a call -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Native:
+    """A call prepared for the kernels: everything but the tensors and times.
+
+    Attributes:
+        solve: The kernels' part.
+        method: Name of the method.
+        gradient: "discrete" or "continuous".
+        keep_steps: Whether checkpoints stay in memory until the backward pass; if not, it solves
+            once more to get them.
+        fixed: Whether it takes fixed steps.
+        step_size: Their size, None for steps from each output time to the next.
+        by_row: Whether every row takes its own steps.
+        columns: Zeros that the kernels append to a row of the input.
+    """
+
+    solve: cpu.Solve
+    method: str
+    gradient: str
+    keep_steps: bool
+    fixed: bool
+    step_size: float | None
+    by_row: bool
+    columns: int
+
+
+def prepare(
+    problem: Problem, spec: MLPSpec, *, data_dim: int, gradient: str, keep_steps: bool, by_row: bool
+) -> Native:
+    """What runs a problem that `why_not` has nothing against."""
+    loaded = library.load()
+    if loaded is None:
+        raise RuntimeError(library.missing())
+    options = problem.options
+    fixed = problem.family == FIXED
+    tableau = TABLEAUS[problem.method]
+    given = {
+        name: options[name]
+        for name in ("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step")
+        if name in options
+    }
+    solve = cpu.Solve(
+        loaded,
+        cpu.Field(spec.dim, spec.hidden, ACTIVATIONS.index(spec.activation), spec.time_dependent),
+        _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau),
+        problem.y0.dtype,
+        control=cpu.FIXED if fixed else cpu.SAMPLE if by_row else cpu.BATCH,
+        backwards=problem.backwards,
+        float_time=options.get("dtype") == torch.float32 and problem.y0.dtype == torch.float32,
+        data_dim=data_dim,
+        rtol=problem.rtol,
+        atol=problem.atol,
+        max_num_steps=int(options.get("max_num_steps", DEFAULT_MAX_STEPS)),
+        **{"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2, "max_step": float("inf"), **given},
+    )
+    step_size = options.get("step_size")
+    columns = spec.dim - data_dim
+    return Native(solve, problem.method, gradient, keep_steps, fixed, step_size, by_row, columns)
+
+
+@functools.cache
+def _method(tableau: ButcherTableau) -> cpu.Method:
+    return cpu.Method(
+        tableau.order,
+        tableau.c_float,
+        tableau.a_float,
+        tableau.b_float,
+        tableau.b_err_float,
+        tableau.interpolant_float,
+        tableau.solution_is_last_stage,
+    )
+
+
+@functools.cache
+def _fixed_method(tableau: ButcherTableau, interp: str) -> cpu.Method:
+    """A fixed-step method with its interpolant in the form that adaptive ones have.
+
+    The cubic one through both ends with their slopes (Hairer, Norsett, Wanner, Solving ODEs I, 2nd
+    ed., II.6, equation (6.7)) takes the slope at the end as one stage more.
+    """
+    c, a, b = tableau.c_float, tableau.a_float, tableau.b_float
+    none = (0.0,) * len(b)
+    if interp == "linear":
+        return cpu.Method(tableau.order, c, a, b, none, [(w, 0.0, 0.0, 0.0) for w in b], False)
+    last = len(b)
+    rows = [[0.0, 3 * w, -2 * w, 0.0] for w in (*b, 0.0)]
+    for stage, slope in ((0, (1.0, -2.0, 1.0)), (last, (0.0, -1.0, 1.0))):
+        for power, weight in enumerate(slope):
+            rows[stage][power] += weight
+    return cpu.Method(
+        tableau.order, (*c, 1.0), (*a, b), (*b, 0.0), (*none, 0.0), rows, True, last_on_demand=True
+    )
+
+
+# --- remembered calls -----------------------------------------------------------------------------
+
+_remembered: dict[tuple[Any, ...], Native] = {}
+_MOST_REMEMBERED = 1024
+
+
+@dataclass(slots=True)
+class Memo:
+    """Where a call is remembered, what runs it if it is, its solver times, the field's tensors."""
+
+    settings: tuple[Any, ...]
+    native: Native | None
+    times: list[float]
+    tensors: list[Tensor]
+
+
+def look_up(
+    field: Any,
+    x: Any,
+    t: Any,
+    rtol: Any,
+    atol: Any,
+    options: Mapping[str, Any] | None,
+    settings: tuple[Any, ...],
+) -> Memo | None:
+    """Whether a call like this one was remembered; None for a call that cannot be.
+
+    Args:
+        field: An MLPField, not of a subclass.
+        x: The state, or its data columns.
+        t: Times.
+        rtol, atol, options: As the user gave them.
+        settings: What else tells calls apart: hashable.
+    """
+    if type(x) is not Tensor or type(t) is not Tensor or t.requires_grad or t.dim() != 1:
+        return None
+    if not (type(rtol) is type(atol) is float) or x.dim() != 2 or not x.is_cpu:
+        return None
+    members = field.__dict__
+    if _has_hooks(field) or not _CALLBACKS.isdisjoint(members) or _why_not_now():
+        return None
+    frozen: tuple[Any, ...] = ()
+    if options:
+        if not all(type(v) in (float, int, str, bool, torch.dtype) for v in options.values()):
+            return None
+        frozen = tuple(sorted(options.items()))
+    times = t.tolist()
+    backwards = times[0] > times[-1] if times else False
+    if backwards:
+        times = [-time for time in times]
+    if len(times) < 2 or not all(map(operator.lt, times, times[1:])) or math.isinf(times[-1]):
+        return None
+    dtype, tensors = x.dtype, field.tensors()
+    for tensor in tensors:
+        if tensor.dtype is not dtype or not tensor.is_cpu or type(tensor) not in _PLAIN:
+            return None
+    settings = (
+        *settings,
+        *(members["dim"], members["hidden_dim"], members["num_hidden"]),
+        *(members["activation"], members["time_dependent"]),
+        *(dtype, x.shape[1], t.dtype, backwards, rtol, atol, frozen),
+    )
+    return Memo(settings, _remembered.get(settings), times, tensors)
+
+
+def remember(memo: Memo, native: Native) -> None:
+    """Lets `look_up` find what runs the call."""
+    if len(_remembered) >= _MOST_REMEMBERED:
+        _remembered.clear()
+    _remembered[memo.settings] = native
+
+
+@functools.lru_cache(maxsize=64)
+def _grid(times: tuple[float, ...], dtype: torch.dtype, step_size: float) -> list[float]:
+    return step_grid(torch.tensor(times, dtype=dtype), step_size)
+
+
+# --- running it -----------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """A native solve that cannot go on. `odeint` turns it into the error of the reference path."""
+
+    def __init__(self, result: cpu.Result, solution: Tensor) -> None:
+        super().__init__(result.status)
+        self.result = result
+        self.solution = solution
+
+
+@dataclass(slots=True)
+class Call:
+    """One call.
+
+    Attributes:
+        native: What runs it.
+        mlp: The field. Its evaluations are counted in `nfe`.
+        times: Output times, increasing solver time.
+        grid: Grid of fixed steps; if empty it is made from the times.
+        again: Solves on the reference path with a graph, for gradients of the gradient.
+        stats: The counts.
+        checkpoints: Of the forward solve.
+    """
+
+    native: Native
+    mlp: MLP
+    times: list[float]
+    grid: Sequence[float]
+    again: Callable[[Tensor], Tensor]
+    stats: SolveStats = field(default_factory=lambda: SolveStats("cpu"))
+    checkpoints: cpu.Checkpoints | None = None
+
+    def solve(self, x: Tensor, parameters: Sequence[Tensor], keep: bool) -> Tensor:
+        """The solution, [times, rows, dim]; sets `checkpoints` if `keep`."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        parameters = [p if p.is_contiguous() else p.contiguous() for p in parameters]
+        solution, result, checkpoints = self.native.solve.forward(
+            x, parameters, self.times, self.grid, keep
+        )
+        self.mlp.__dict__["nfe"] += result.nfe
+        stats = self.stats
+        stats.method = self.native.method
+        stats.nfe, stats.accepted, stats.rejected = result.nfe, result.accepted, result.rejected
+        stats.launches += 1
+        if result.status:
+            if result.status <= Status.NON_FINITE:
+                stats.status = Status(result.status)
+            raise Failed(result, solution)
+        self.checkpoints = checkpoints
+        return solution
+
+    def gradient(
+        self, grad: Tensor, x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients for x and the parameters, None where not needed."""
+        if self.checkpoints is None:
+            self.solve(x, parameters, keep=True)
+        checkpoints, for_x, *for_parameters = self.checkpoints, *needs
+        parameters = [p if p.is_contiguous() else p.contiguous() for p in parameters]
+        x_grad, grads, result = self.native.solve.discrete_gradient(
+            checkpoints, parameters, grad.contiguous(), x if for_x else None, any(for_parameters)
+        )
+        if not self.native.keep_steps:
+            self.checkpoints = None
+        if result.status:
+            raise MemoryError("anode_fast: no memory for the gradient")
+        self.stats.nfe_backward = result.nfe
+        self.stats.launches += 1
+        self.mlp.__dict__["nfe"] += result.nfe
+        found: list[Tensor | None] = [x_grad]
+        found += [g if need else None for g, need in zip(grads, for_parameters, strict=False)]
+        return found + [None] * (len(needs) - len(found))
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
+        solution = call.solve(x, parameters, call.native.keep_steps)
+        ctx.call = call
+        ctx.save_for_backward(x, *parameters)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        call: Call = ctx.call
+        x, *parameters = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            return None, *_differentiable_gradient(call, grad, x, parameters, needs)
+        return None, *call.gradient(grad, x, parameters, needs)
+
+
+def _differentiable_gradient(
+    call: Call, grad: Tensor, x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradient by autograd through the reference solver: it can be differentiated again."""
+    before = call.mlp.__dict__["nfe"]
+    with torch.enable_grad():
+        solution = call.again(x)
+        call.stats.nfe_backward = call.mlp.__dict__["nfe"] - before
+        wanted = [p for p, need in zip((x, *parameters), needs, strict=True) if need]
+        grads = iter(torch.autograd.grad([solution], wanted, [grad], create_graph=True))
+    return [next(grads) if need else None for need in needs]
+
+
+def run(call: Call, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Solves; if a gradient is wanted, with a graph. [times, rows, dim].
+
+    Args:
+        call: The call.
+        x: Data columns of the initial state, [rows, data_dim].
+        parameters: The field's tensors.
+        dtype: Of the user's t: the grid is made in it.
+
+    Raises:
+        Failed: The solve cannot go on.
+    """
+    native = call.native
+    if native.fixed and not call.grid:
+        call.grid = call.times
+        if native.step_size is not None:
+            call.grid = _grid(tuple(call.times), dtype, native.step_size)
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+        solution: Tensor = _Solve.apply(call, x, *parameters)
+        return solution
+    return call.solve(x, parameters, keep=False)

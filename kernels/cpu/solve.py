@@ -1,0 +1,268 @@
+"""A native solve with everything fixed but the tensors: the C structs and the calls.
+
+The structs mirror problem.hpp, mlp.hpp and api.cpp field by field; tests/kernels/cpu compares their
+sizes with the library's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_double, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_STAGES = 16
+MOST_HIDDEN_LAYERS = 8
+
+FIXED, BATCH, SAMPLE = 0, 1, 2
+"""Kinds of step control."""
+
+SUCCESS, MAX_STEPS, UNDERFLOW, NON_FINITE, NON_FINITE_INPUT, OUT_OF_MEMORY = range(6)
+"""Outcomes of a solve."""
+
+_Stages = c_double * MOST_STAGES
+
+
+class _Field(ctypes.Structure):
+    _fields_ = [
+        ("dim", c_int32),
+        ("hidden_layers", c_int32),
+        ("hidden", c_int32 * MOST_HIDDEN_LAYERS),
+        ("activation", c_int32),
+        ("time_dependent", c_int32),
+    ]
+
+
+class _Tableau(ctypes.Structure):
+    _fields_ = [
+        ("stages", c_int32),
+        ("order", c_int32),
+        ("last_at_solution", c_int32),
+        ("last_on_demand", c_int32),
+        ("c", _Stages),
+        ("a", _Stages * MOST_STAGES),
+        ("b", _Stages),
+        ("b_err", _Stages),
+        ("interpolant", (c_double * 4) * MOST_STAGES),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("control", c_int32),
+        ("backwards", c_int32),
+        ("float_time", c_int32),
+        ("data_dim", c_int32),
+        ("rtol", c_double),
+        ("atol", c_double),
+        ("first_step", c_double),
+        ("safety", c_double),
+        ("ifactor", c_double),
+        ("dfactor", c_double),
+        ("min_step", c_double),
+        ("max_step", c_double),
+        ("max_num_steps", c_int64),
+    ]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        ("field", _Field),
+        ("is_double", c_int32),
+        ("tableau", _Tableau),
+        ("options", _Options),
+    ]
+
+
+class Result(ctypes.Structure):
+    """Counts and outcome of a call, as in problem.hpp."""
+
+    _fields_ = [
+        ("status", c_int32),
+        ("field_failed", c_int32),
+        ("nfe", c_int64),
+        ("accepted", c_int64),
+        ("rejected", c_int64),
+        ("t", c_double),
+        ("dt", c_double),
+        ("row", c_int64),
+        ("rows", c_int64),
+        ("output", c_int64),
+    ]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An explicit Runge-Kutta method in numbers; conventions of anode_fast.tableau.
+
+    Attributes:
+        order: Order of the solution, for the controller.
+        c, a, b, b_err: Nodes, rows, weights, and weights of the error estimate.
+        interpolant: For each stage the coefficients of x, x^2, x^3 and x^4 of its weight.
+        last_at_solution: Whether the last stage is evaluated at the solution (b's last entry is 0).
+        last_on_demand: Whether that stage serves interpolation only.
+    """
+
+    order: int
+    c: Sequence[float]
+    a: Sequence[Sequence[float]]
+    b: Sequence[float]
+    b_err: Sequence[float]
+    interpolant: Sequence[Sequence[float]]
+    last_at_solution: bool
+    last_on_demand: bool = False
+
+
+@dataclass(frozen=True)
+class Field:
+    """A perceptron: width of the state, hidden widths, number of the activation, time input."""
+
+    dim: int
+    hidden: tuple[int, ...]
+    activation: int
+    time_dependent: bool
+
+
+class Checkpoints:
+    """What a solve keeps for its gradient. The memory belongs to the library and ends with this."""
+
+    __slots__ = ("_free", "address")
+
+    def __init__(self, address: int, free: ctypes._CFunctionType) -> None:
+        self.address = address
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free(self.address)
+
+
+class Solve:
+    """A solve with everything fixed but the tensors and times.
+
+    Args:
+        library: From `library.load`.
+        field: The field.
+        method: The method.
+        dtype: torch.float32 or torch.float64.
+        options: Fields of the C struct Options by name; those left out are 0.
+
+    Raises:
+        ValueError: More stages or hidden layers than the library has room for.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        field: Field,
+        method: Method,
+        dtype: torch.dtype,
+        **options: float,
+    ) -> None:
+        stages, hidden = len(method.c), len(field.hidden)
+        if stages > MOST_STAGES or not 1 <= hidden <= MOST_HIDDEN_LAYERS:
+            raise ValueError(f"no room for {stages} stages and {hidden} hidden layers")
+        self.dim = field.dim
+        self.dtype = dtype
+        plan = _Plan(
+            field=_Field(
+                field.dim,
+                hidden,
+                (c_int32 * MOST_HIDDEN_LAYERS)(*field.hidden),
+                field.activation,
+                field.time_dependent,
+            ),
+            is_double=dtype == torch.float64,
+            options=_Options(**options),
+        )
+        tableau = plan.tableau
+        tableau.stages, tableau.order = stages, method.order
+        tableau.last_at_solution = method.last_at_solution
+        tableau.last_on_demand = method.last_on_demand
+        tableau.c, tableau.b = _Stages(*method.c), _Stages(*method.b)
+        tableau.b_err = _Stages(*method.b_err)
+        for i in range(stages):
+            tableau.a[i] = _Stages(*method.a[i])
+            tableau.interpolant[i] = (c_double * 4)(*method.interpolant[i])
+        self._plan = plan
+        self._address = ctypes.addressof(plan)
+        self._pointers = c_void_p * (2 * hidden + 2)
+        self._solve = library.anode_solve
+        self._discrete_gradient = library.anode_discrete_gradient
+        self._free = library.anode_free
+
+    def forward(
+        self,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        times: Sequence[float],
+        grid: Sequence[float] = (),
+        keep: bool = False,
+    ) -> tuple[Tensor, Result, Checkpoints | None]:
+        """Solves.
+
+        Args:
+            x: Data columns of the initial state, [rows, data_dim], last stride 1.
+            parameters: Weight and bias of every layer, contiguous.
+            times: Output times, increasing.
+            grid: For fixed steps: where they begin and end.
+            keep: Whether to keep checkpoints.
+
+        Returns:
+            The solution [times, rows, dim], counts and outcome, and the checkpoints, None if not
+            asked for or if the solve failed.
+        """
+        rows, n = x.shape[0], len(times)
+        out = x.new_empty((n, rows, self.dim))
+        result = Result()
+        address = self._solve(
+            self._address,
+            rows,
+            x.data_ptr(),
+            x.stride(0),
+            self._pointers(*[p.data_ptr() for p in parameters]),
+            (c_double * n)(*times),
+            n,
+            (c_double * len(grid))(*grid) if grid else None,
+            len(grid),
+            out.data_ptr(),
+            keep,
+            ctypes.byref(result),
+        )
+        return out, result, Checkpoints(address, self._free) if address else None
+
+    def discrete_gradient(
+        self,
+        checkpoints: Checkpoints,
+        parameters: Sequence[Tensor],
+        grad: Tensor,
+        x: Tensor | None,
+        wanted: bool,
+    ) -> tuple[Tensor | None, list[Tensor], Result]:
+        """The exact gradient of a solve.
+
+        Args:
+            checkpoints: Of the solve.
+            parameters: As in `forward`, unchanged since.
+            grad: Cotangent of the solution, [times, rows, dim], contiguous.
+            x: A tensor like the gradient for x, if that is wanted.
+            wanted: Whether the parameters' gradients are wanted.
+
+        Returns:
+            The gradient for x or None, those of the parameters (none if not wanted), the counts.
+        """
+        x_grad = None if x is None else torch.empty(x.shape, dtype=self.dtype)
+        grads = [torch.empty_like(p) for p in parameters] if wanted else []
+        result = Result()
+        self._discrete_gradient(
+            self._address,
+            checkpoints.address,
+            self._pointers(*[p.data_ptr() for p in parameters]),
+            grad.data_ptr(),
+            None if x_grad is None else x_grad.data_ptr(),
+            self._pointers(*[p.data_ptr() for p in grads]) if wanted else None,
+            ctypes.byref(result),
+        )
+        return x_grad, grads, result
