@@ -7,25 +7,35 @@ to the kernels without being taken apart again: that would cost more than the so
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
 import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from anode_fast import failures, reference
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
-from anode_fast.problem import ADAPTIVE, DEFAULT_MAX_STEPS, FIXED, Problem, step_grid
+from anode_fast.problem import (
+    ADAPTIVE,
+    DEFAULT_MAX_STEPS,
+    FIXED,
+    Problem,
+    make_problem,
+    step_grid,
+)
 from anode_fast.spec import ACTIVATIONS, MLPSpec
 from anode_fast.stats import SolveStats, Status
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 
-OUT_OF_MEMORY = cpu.OUT_OF_MEMORY
 _PLAIN = (Tensor, nn.Parameter)
 _CALLBACKS = frozenset({"callback_step", "callback_accept_step", "callback_reject_step"})
 
@@ -287,15 +297,6 @@ def _grid(times: tuple[float, ...], dtype: torch.dtype, step_size: float) -> lis
 # --- running it -----------------------------------------------------------------------------------
 
 
-class Failed(Exception):
-    """A native solve that cannot go on. `odeint` turns it into the error of the reference path."""
-
-    def __init__(self, result: cpu.Result, solution: Tensor) -> None:
-        super().__init__(result.status)
-        self.result = result
-        self.solution = solution
-
-
 @dataclass(slots=True)
 class Call:
     """One call.
@@ -305,7 +306,7 @@ class Call:
         mlp: The field. Its evaluations are counted in `nfe`.
         times: Output times, increasing solver time.
         grid: Grid of fixed steps; if empty it is made from the times.
-        again: Solves on the reference path with a graph, for gradients of the gradient.
+        problem: Makes the problem in normal form from x, for errors and second derivatives.
         stats: The counts.
         checkpoints: Of the forward solve.
     """
@@ -314,9 +315,17 @@ class Call:
     mlp: MLP
     times: list[float]
     grid: Sequence[float]
-    again: Callable[[Tensor], Tensor]
+    problem: Callable[[Tensor], Problem]
     stats: SolveStats = field(default_factory=lambda: SolveStats("cpu"))
     checkpoints: cpu.Checkpoints | None = None
+
+    def set_grid(self, dtype: torch.dtype) -> None:
+        """Makes the grid, in the dtype of the user's t, if there is to be one and is none."""
+        native = self.native
+        if native.fixed and not self.grid:
+            self.grid = self.times
+            if native.step_size is not None:
+                self.grid = _grid(tuple(self.times), dtype, native.step_size)
 
     def solve(self, x: Tensor, parameters: Sequence[Tensor], keep: bool) -> Tensor:
         """The solution, [times, rows, dim]; sets `checkpoints` if `keep`."""
@@ -334,7 +343,7 @@ class Call:
         if result.status:
             if result.status <= Status.NON_FINITE:
                 stats.status = Status(result.status)
-            raise Failed(result, solution)
+            raise _failure(self.problem(x), self.native, result, solution)
         self.checkpoints = checkpoints
         return solution
 
@@ -361,6 +370,30 @@ class Call:
         return found + [None] * (len(needs) - len(found))
 
 
+def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Tensor) -> Exception:
+    """The error that the reference path raises where the kernels stopped."""
+    status = result.status
+    if status == cpu.OUT_OF_MEMORY:
+        return MemoryError("anode_fast: no memory for the solve")
+    if native.fixed:
+        return problem.non_finite_output(result.output)
+    budget = int(problem.options.get("max_num_steps", DEFAULT_MAX_STEPS))
+    if native.by_row:
+        if status == Status.MAX_STEPS:
+            return failures.max_steps_of_rows(problem, budget, result.rows, result.t)
+        finite = status == Status.UNDERFLOW
+        return failures.stuck_rows(
+            problem, result.row, result.rows, result.t, result.dt, is_finite=finite
+        )
+    y, f = solution[0], solution[1]
+    t, dt, accepted, rejected = result.t, result.dt, result.accepted, result.rejected
+    if status == Status.MAX_STEPS:
+        return failures.max_steps(problem, budget, t, dt, accepted, rejected)
+    if status == Status.UNDERFLOW:
+        return failures.underflow(problem, t, dt, accepted, rejected, y)
+    return failures.non_finite(problem, t, dt, accepted + rejected, f)
+
+
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -385,7 +418,7 @@ def _differentiable_gradient(
     """The gradient by autograd through the reference solver: it can be differentiated again."""
     before = call.mlp.__dict__["nfe"]
     with torch.enable_grad():
-        solution = call.again(x)
+        solution = reference.solve(call.problem(x), SolveStats(), by_row=call.native.by_row)
         call.stats.nfe_backward = call.mlp.__dict__["nfe"] - before
         wanted = [p for p, need in zip((x, *parameters), needs, strict=True) if need]
         grads = iter(torch.autograd.grad([solution], wanted, [grad], create_graph=True))
@@ -402,14 +435,131 @@ def run(call: Call, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype)
         dtype: Of the user's t: the grid is made in it.
 
     Raises:
-        Failed: The solve cannot go on.
+        SolverError: The solve cannot go on.
     """
-    native = call.native
-    if native.fixed and not call.grid:
-        call.grid = call.times
-        if native.step_size is not None:
-            call.grid = _grid(tuple(call.times), dtype, native.step_size)
+    call.set_grid(dtype)
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
         solution: Tensor = _Solve.apply(call, x, *parameters)
         return solution
     return call.solve(x, parameters, keep=False)
+
+
+# --- operators for torch.compile -------------------------------------------------------------------
+#
+# A compiled graph keeps a solve as one node. Its backward pass solves once more, because nothing but
+# tensors can pass from one node to another. Counts are not kept.
+# A compiled graph keeps a solve as one node. Its backward pass solves once more, because only tensors
+# can pass from one node to another. Counts are not kept.
+_ops.define("solve(Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor")
+_ops.define(
+    "solve_gradient(Tensor grad, Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor[]"
+)
+
+
+@torch.compiler.assume_constant_result
+def can_compile() -> bool:
+    """Whether the library is there."""
+    return library.load() is not None
+
+
+def compiled(
+    mlp: Any,
+    x: Tensor,
+    t: Tensor,
+    columns: int,
+    settings: tuple[Any, ...],
+) -> Tensor:
+    """The solution by the operator, [times, rows, dim].
+
+    Args:
+        mlp: An MLPField.
+        x: Data columns of the initial state, [rows, data_dim].
+        t: The user's times.
+        columns: Zeros to append to a row of x.
+        settings: rtol, atol, method, options as a tuple of pairs, whether every row takes its own
+            steps; numbers, strings and None.
+    """
+    spec = (mlp.dim, (mlp.hidden_dim,) * mlp.num_hidden, mlp.activation, mlp.time_dependent)
+    solution: Tensor = torch.ops.anode_fast.solve(
+        x, mlp.tensors(), t, f"{(spec, columns, settings)}"
+    )
+    return solution
+
+
+@functools.lru_cache(maxsize=256)
+def _recipe(call: str) -> tuple[MLPSpec, int, bool, dict[str, Any]]:
+    """Spec, appended columns, whether by row, and make_problem's arguments."""
+    spec, columns, (rtol, atol, method, options, by_row) = ast.literal_eval(call)
+    arguments = dict(rtol=rtol, atol=atol, method=method, options=dict(options))
+    return MLPSpec(*spec), columns, by_row, arguments
+
+
+@functools.lru_cache(maxsize=256)
+def _native(call: str, dtype: torch.dtype, backwards: bool) -> Native:
+    spec, columns, by_row, arguments = _recipe(call)
+    t = torch.tensor([1.0, 0.0] if backwards else [0.0, 1.0])
+    problem = make_problem(_no_field, torch.zeros(1, spec.dim, dtype=dtype), t, **arguments)
+    data_dim = spec.dim - columns
+    return prepare(
+        problem, spec, data_dim=data_dim, gradient="discrete", keep_steps=False, by_row=by_row
+    )
+
+
+def _no_field(t: Tensor, y: Tensor) -> Tensor:
+    raise NotImplementedError("a compiled solve has no field in Python")
+
+
+def _call(x: Tensor, t: Tensor, call: str) -> Call:
+    _, columns, _, arguments = _recipe(call)
+
+    def problem(x: Tensor) -> Problem:
+        return make_problem(_no_field, F.pad(x, (0, columns)), t, **arguments)
+
+    times = t.tolist()
+    backwards = len(times) > 1 and times[0] > times[1]
+    if backwards:
+        times = [-time for time in times]
+    if not all(map(operator.lt, times, times[1:])) or len(times) < 2:
+        problem(x)  # says what is wrong with the times
+    return Call(_native(call, x.dtype, backwards), types.SimpleNamespace(nfe=0), times, (), problem)
+
+
+def _solve_now(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
+    return run(_call(x, t, call), x.detach(), [p.detach() for p in parameters], t.dtype)
+
+
+def _gradient_now(
+    grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
+) -> list[Tensor]:
+    prepared = _call(x, t, call)
+    prepared.set_grid(t.dtype)
+    found = prepared.gradient(grad, x, parameters, [True] * (1 + len(parameters)))
+    return [g for g in found if g is not None]
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    x, t, *parameters = ctx.saved_tensors
+    x_grad, *grads = torch.ops.anode_fast.solve_gradient(grad, x, parameters, t, ctx.call)
+    return x_grad, grads, None, None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, parameters, t, ctx.call = inputs
+    ctx.save_for_backward(x, t, *parameters)
+
+
+_ops.impl("solve", _solve_now, "CPU")
+_ops.impl("solve_gradient", _gradient_now, "CPU")
+torch.library.register_autograd("anode_fast::solve", _backward, setup_context=_setup_context)
+
+
+@torch.library.register_fake("anode_fast::solve")
+def _solve_fake(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
+    return x.new_empty((t.shape[0], x.shape[0], parameters[-1].shape[0]))
+
+
+@torch.library.register_fake("anode_fast::solve_gradient")
+def _gradient_fake(
+    grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
+) -> list[Tensor]:
+    return [y.new_empty(y.shape) for y in (x, *parameters)]

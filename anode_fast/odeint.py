@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_fast import adjoint, failures, fused, reference
+from anode_fast import adjoint, fused, reference
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import MLPField
 from anode_fast.plan import Plan, choose, describe
 from anode_fast.problem import (
-    DEFAULT_MAX_STEPS,
     FIXED,
     OPTIONS,
     SCIPY,
@@ -24,7 +23,7 @@ from anode_fast.problem import (
     State,
     make_problem,
 )
-from anode_fast.stats import SolveStats, Status
+from anode_fast.stats import SolveStats
 
 Options = Mapping[str, Any]
 Field = Callable[..., Any]
@@ -251,10 +250,19 @@ def solve_padded(
 
     The zeros go along dim 1. The kernels append them on their own.
     """
-    def normal(y0: State, warn: bool = True) -> Problem:
+    arguments = adjoint_arguments or _NO_ARGUMENTS
+    plain = type(func) is MLPField and event_fn is None and arguments.is_plain
+    if plain and torch.compiler.is_compiling():
+        by_row = step_control == "sample"
+        if fused.can_compile() and backend in ("auto", "cpu") and gradient in ("auto", "discrete"):
+            settings = (rtol, atol, method, tuple((options or {}).items()), by_row)
+            solution = fused.compiled(func, x, t, columns, settings)
+            return (solution, SolveStats("cpu", method)) if return_stats else solution
+
+    def problem_from(x: State, warn: bool = False) -> Problem:
         return make_problem(
             func,
-            y0,
+            pad(x, columns),
             t,
             rtol=rtol,
             atol=atol,
@@ -264,19 +272,15 @@ def solve_padded(
             warn=warn,
         )
 
-    def again(x: Tensor) -> Tensor:
-        problem = normal(pad(x, columns), warn=False)
-        return reference.solve(problem, SolveStats(), by_row=step_control == "sample")
-
-    arguments = adjoint_arguments or _NO_ARGUMENTS
     memo = None
-    if type(func) is MLPField and event_fn is None and arguments.is_plain:
+    if plain:
         kind = (adjoint_arguments is None, columns, method, backend, step_control, gradient)
         memo = fused.look_up(func, x, t, rtol, atol, options, kind)
     if memo and memo.native:
-        call = fused.Call(memo.native, func, memo.times, (), again)
-        return _carry_out(call, x, memo.tensors, t, return_stats, normal)
-    problem = normal(pad(x, columns))
+        call = fused.Call(memo.native, func, memo.times, (), problem_from)
+        solution = fused.run(call, x, memo.tensors, t.dtype)
+        return (solution, call.stats) if return_stats else solution
+    problem = problem_from(x, warn=True)
     plan = choose(
         problem,
         backend=backend,
@@ -298,8 +302,9 @@ def solve_padded(
         if memo and _says_nothing(problem, options):
             fused.remember(memo, native)
         grid = [point for point, _ in problem.grid()] if native.fixed else []
-        call = fused.Call(native, func, problem.times, grid, again)
-        return _carry_out(call, x, func.tensors(), t, return_stats, normal)
+        call = fused.Call(native, func, problem.times, grid, problem_from)
+        solution = fused.run(call, x, func.tensors(), t.dtype)
+        return (solution, call.stats) if return_stats else solution
     backward = arguments.resolved(problem, options)
     return _run(problem, plan, arguments.params, backward, return_stats)
 
@@ -320,44 +325,6 @@ def _says_nothing(problem: Problem, options: Options | None) -> bool:
     known = set(options or ()) <= OPTIONS[problem.family]
     one_step = problem.family == FIXED and len(problem.times) == 2
     return known and not (one_step and "step_size" not in problem.options)
-
-
-def _carry_out(
-    call: fused.Call,
-    x: Tensor,
-    tensors: Sequence[Tensor],
-    t: Tensor,
-    return_stats: bool,
-    normal: Callable[[State], Problem],
-) -> Any:
-    try:
-        solution = fused.run(call, x, tensors, t.dtype)
-    except fused.Failed as failed:
-        raise _failure(normal(pad(x, call.native.columns)), call.native, failed) from None
-    return (solution, call.stats) if return_stats else solution
-
-
-def _failure(problem: Problem, native: fused.Native, failed: fused.Failed) -> Exception:
-    """The error that the reference path raises where the kernels stopped."""
-    result, status = failed.result, failed.result.status
-    if status == fused.OUT_OF_MEMORY:
-        return MemoryError("anode_fast: no memory for the solve")
-    if native.fixed:
-        return problem.non_finite_output(result.output)
-    budget = int(problem.options.get("max_num_steps", DEFAULT_MAX_STEPS))
-    if native.by_row:
-        if status == Status.MAX_STEPS:
-            return failures.max_steps_of_rows(problem, budget, result.rows, result.t)
-        finite = status == Status.UNDERFLOW
-        where = (result.row, result.rows, result.t, result.dt)
-        return failures.stuck_rows(problem, *where, finite)
-    y, f = failed.solution[0], failed.solution[1]
-    where = (result.t, result.dt)
-    if status == Status.MAX_STEPS:
-        return failures.max_steps(problem, budget, *where, result.accepted, result.rejected)
-    if status == Status.UNDERFLOW:
-        return failures.underflow(problem, *where, result.accepted, result.rejected, y)
-    return failures.non_finite(problem, *where, result.accepted + result.rejected, f)
 
 
 def odeint_event(

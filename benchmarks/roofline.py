@@ -1,11 +1,12 @@
 """How much of what a core can multiply and add the solves use: their share of its peak.
 
-FLOPs are those of the field's matrix products, two to a multiply-add, from the layers' widths and the
-evaluations made; time's weights go into the bias, once for the batch, and are not counted, nor are
-activations and the sums of the Runge-Kutta method. A gradient takes, for each evaluation that the
-solution depends on, as much again for the gradient of its input and of its weights. "needed" counts
-these and the forward evaluations. The discrete gradient keeps the states and makes those evaluations
-again: "executed" counts that as well. Times are medians and include the call from Python.
+FLOPs are those of the field's matrix products, two to a multiply-add, from the layers' widths and
+the evaluations made. Time's weights go into the bias, once for the batch, and are not counted, nor
+are activations and the sums of the Runge-Kutta method. A gradient takes, for each evaluation that
+the solution depends on, as much again for the gradient of its input and for that of its weights.
+"needed" counts these and the forward evaluations. The discrete gradient keeps states alone and
+makes those evaluations again: "executed" counts that as well. Times are medians and include the
+call from Python.
 """
 
 from __future__ import annotations

@@ -1,21 +1,31 @@
 import copy
+import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torchdiffeq
 from rich.console import Console
 from torch import nn
 
 from anode_fast import ODENet
+from anode_fast.spec import MLPSpec
+from benchmarks import roofline
 from benchmarks.__main__ import main
 from benchmarks.baselines import TorchdiffeqBlock, with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
 from benchmarks.quickstart import SOLVERS, Config, Flow, _in_turns, draw, run, train
+from benchmarks.speed import rivals, tables
+from benchmarks.speed.rivals import Case, DiffraxRival, Worker, with_anode_fast, with_odeint
+from benchmarks.speed.turns import IN_A_ROW, MAX_ROUNDS, Turns
 from benchmarks.train import Run
+
+ROOT = Path(__file__).parents[1]
 
 # Of seed 0.
 FIRST_AND_LAST = [[-0.491085, -0.079336], [0.507324, -1.295375]]
@@ -295,6 +305,226 @@ def test_quickstart_refuses_an_out_that_is_a_file(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+# ---- solvers by turns
+
+
+class Fake:
+    """A rival that takes no time but says it does, and logs its runs and torch's threads."""
+
+    def __init__(self, name, log, threads=1, seconds=None):
+        self.name, self.log, self.threads, self.seconds = name, log, threads, seconds
+
+    def __call__(self):
+        self.log.append((self.name, torch.get_num_threads()))
+        return self.seconds
+
+
+def rounds(turns, first):
+    for _ in range(turns.rounds):
+        turns.before_round()
+        first()
+
+
+def test_rivals_take_turns_of_a_few_runs_each_with_its_own_threads():
+    log = []
+    a, b, c = Fake("a", log, 1), Fake("b", log, 2), Fake("c", log, 1)
+    turns = Turns({"a": a, "b": b, "c": c}, seconds=1e-4, min_rounds=2 * IN_A_ROW)
+    log.clear()
+    turns.rounds = 2 * IN_A_ROW
+    try:
+        rounds(turns, a)
+    finally:
+        torch.set_num_threads(1)
+    one_turn = [("b", 2)] * IN_A_ROW + [("c", 1)] * IN_A_ROW + [("a", 1)] * IN_A_ROW
+    assert log == one_turn * 2
+    assert {name: len(seconds) for name, seconds in turns.seconds.items()} == {"b": 10, "c": 10}
+
+
+def test_a_rival_that_times_itself_is_believed():
+    turns = Turns({"a": Fake("a", []), "b": Fake("b", [], seconds=7.0)}, seconds=0, min_rounds=3)
+    rounds(turns, lambda: None)
+    assert turns.rounds == 3 and turns.medians() == {"b": 7.0}
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.5, 5), (20.0, 10), (1e9, MAX_ROUNDS)])
+def test_rounds_fit_the_time(seconds, expected):
+    pair = {name: Fake(name, [], seconds=1.0) for name in "ab"}
+    assert Turns(pair, seconds=seconds, min_rounds=5).rounds == expected
+
+
+CASES = [Case(batch=8), Case(batch=8, gradient=True), Case(batch=8, method="rk4", gradient=True)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_our_side_and_torchdiffeq_do_the_same_work(case):
+    ours, theirs = with_anode_fast(case).observe(), with_odeint(torchdiffeq.odeint, case).observe()
+    assert ours.agrees_with(theirs)
+    assert ours.nfe == theirs.nfe > 2 and theirs.nfe_backward == 0
+    assert (ours.nfe_backward > 0) == case.gradient
+    assert len(ours.gradients) == (6 if case.gradient else 0)
+    assert 0 < case.error(theirs.y1) < 1e-2
+    assert not dataclasses.replace(ours, y1=2 * ours.y1).agrees_with(theirs)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_torchode_does_the_same_work(gradient):
+    pytest.importorskip("torchode")
+    case = Case(batch=8, gradient=gradient)
+    outcome = rivals.with_torchode(case).observe()
+    assert outcome.agrees_with(with_anode_fast(case).observe()) and outcome.nfe > 2
+
+
+def test_diffrax_does_the_same_work_in_its_own_process():
+    pytest.importorskip("diffrax")
+    with Worker(1) as worker:
+        for case in CASES[:2]:
+            same, own = (DiffraxRival(case, worker, same_first_step=x) for x in (True, False))
+            outcome = same.observe()
+            assert outcome.agrees_with(with_anode_fast(case).observe())
+            assert outcome.nfe < own.observe().nfe
+            assert (outcome.nfe_backward > 0) == case.gradient
+            assert 0 < same() < 10 and 0 < own() < 10
+        with pytest.raises(RuntimeError, match="no attribute 'sleep'"):
+            worker.ask("sleep")
+
+
+def figures(ms, nfe_backward=0):
+    return {"ms": ms, "nfe": 14, "nfe_backward": nfe_backward, "error": 0.5}
+
+
+def test_tables_have_ratios_targets_and_what_is_missing():
+    fast, slow, backward = figures(2.0), figures(50.0), figures(4.0, nfe_backward=13)
+    cases = [
+        {
+            "case": "one",
+            "ours": "us",
+            "theirs": "them",
+            "targets": {"them": 20, "peer": 3},
+            "rivals": {"us": fast, "them": slow, "peer": None},
+        },
+        {
+            "case": "two",
+            "ours": "us",
+            "theirs": "them",
+            "targets": {"them": 20},
+            "rivals": {"us": backward, "them": slow, "adjoint": slow},
+        },
+    ]
+    sheet = tables.comparison("title", cases)
+    assert sheet.header == [
+        *("case", "NFE", "them ms", "peer ms", "adjoint ms", "us ms"),
+        *("ratio to them", "ratio to peer", "error"),
+    ]
+    first = ["one", "14", "50.000", "not installed", "-", "2.000"]
+    second = ["two", "14 + 13", "50.000", "-", "50.000", "4.000"]
+    assert sheet.rows == [
+        [*first, "25.00 (20: reached)", "-", "5.0e-01"],
+        [*second, "12.50 (20: not reached)", "-", "5.0e-01"],
+    ]
+    lines = sheet.markdown().splitlines()
+    assert lines[0] == "**title**" and len(lines) == 6
+    assert {line.count("|") for line in lines[2:]} == {10}
+    assert [row[1] for row in tables.details("title", cases).rows] == ["us", "them"] + [
+        *("us", "them", "adjoint")
+    ]
+
+
+WITHOUT_PEERS = """
+import sys
+sys.modules.update(torchode=None, diffrax=None)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_speed_comparison_runs_without_the_peers(tmp_path):
+    case = f"{ROOT}/benchmarks/speed/test_cpu.py::test_cpu_headline[{Case()}]"
+    options = ["--benchmark-only", "--benchmark-max-time=0.001", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PEERS, case, *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "results/speed/cpu.md").read_text()
+    assert f"| {Case()} | 14 |" in table and table.count("not installed") == 3
+    assert "not installed" in done.stdout and "reached" in done.stdout
+
+
+# ---- roofline
+
+
+@pytest.mark.parametrize(
+    ("spec", "flops"),
+    [
+        (MLPSpec(7, (32, 32)), 2944),  # 2 (7 32 + 32 32 + 32 7)
+        (MLPSpec(7, (32, 32), time_dependent=False), 2944),
+        (MLPSpec(3, (4,)), 48),
+        (MLPSpec(2, (3, 5, 7)), 140),  # 2 (6 + 15 + 35 + 14)
+    ],
+    ids=str,
+)
+def test_flops_of_a_field(spec, flops):
+    assert roofline.field_flops(spec) == flops
+
+
+def test_flops_of_a_solve():
+    spec = MLPSpec(3, (4,))
+    forward = roofline.solve_flops(spec, batch=10, nfe=14, nfe_backward=0)
+    assert forward.needed == forward.executed == 10 * 48 * 14
+    both = roofline.solve_flops(spec, batch=10, nfe=14, nfe_backward=13)
+    assert both.needed == 10 * 48 * (14 + 2 * 13)  # gradients of input and weights
+    assert both.executed == both.needed + 10 * 48 * 13  # each evaluated again
+
+
+def test_roofline_takes_flops_from_the_evaluations_that_were_made():
+    one = roofline.measure(4, 8, torch.float64, gradient=True, seconds=0)
+    assert (one.batch, one.width, one.nfe > 2, one.nfe_backward > 0) == (4, 8, True, True)
+    spec = MLPSpec(7, (8, 8))
+    assert one.flops == roofline.solve_flops(spec, 4, one.nfe, one.nfe_backward)
+    assert 0 < one.seconds < 10
+
+
+def test_roofline_prints_shares_of_the_peak(monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "peak_flops", lambda dtype, seconds: 1e15)
+    main("roofline --batch 2 1024 --width 8 64 --dtype float32 --seconds 0".split())
+    text = capsys.readouterr().out
+    assert "float32: a core's peak is 1000000 GFLOP/s" in text and "float64" not in text
+    rows = [x.split() for x in text.splitlines() if x.split()[:1] in (["forward"], ["gradient"])]
+    rows = [row for row in rows if row[1:2] in (["8"], ["64"])]  # not the words below the table
+    assert [row[1:3] for row in rows] == [
+        ["8", "2"],
+        ["8", "1024"],
+        ["64", "2"],
+        ["64", "1024"],
+    ] * 2
+    assert [row[-2:] for row in rows if row[1:3] == ["64", "1024"]] == [
+        ["60%", "missed"],
+        ["45%", "missed"],
+    ]
+    assert all(row[-1] == "-" for row in rows if row[1:3] != ["64", "1024"])
+
+
+def test_peak_is_what_a_core_can_do():
+    try:
+        single, double = (roofline.peak_flops(x, 0.01) for x in (torch.float32, torch.float64))
+    except OSError as error:
+        pytest.skip(str(error))
+    assert 1e8 < double < single < 1e13  # from an emulator to well beyond any core
+
+
+def test_roofline_without_library_and_compiler_says_so(monkeypatch):
+    monkeypatch.setattr(roofline.library, "load", lambda: None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="roofline: no peak .* no C\\+\\+ compiler"):
+        main(["roofline", "--batch", "2", "--width", "4"])
+
+
 # ---- command line
 
 
@@ -322,7 +552,7 @@ def test_missing_torchdiffeq_is_named_with_the_remedy():
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from anode_fast import explain, odeint, odeint_adjoint, show_config
-from anode_fast.plan import _NOT_BUILT, BACKENDS, GRADIENTS, STEP_CONTROLS
+from anode_fast import MLPField, explain, odeint, odeint_adjoint, show_config
+from anode_fast.kernels.cpu import library
+from anode_fast.plan import _NO_TRITON, BACKENDS, GRADIENTS, STEP_CONTROLS
 from anode_fast.problem import FAMILIES
 
 T = torch.tensor([0.0, 0.5, 1.0])
 Y0 = torch.ones(3, 2)
 ROOT = Path(__file__).parent.parent
+
+
+REASONS = {
+    "cpu": "the field is a function untouched, and the kernels know MLPField only",
+    "triton": _NO_TRITON,
+}
 
 
 def untouched(t, y):
@@ -35,7 +42,7 @@ def test_explain_tells_method_backend_gradient_and_state(method):
     assert "state: (3, 2) torch.float32 on cpu" in lines
     because = lines[lines.index("because:") + 1 :]
     # Why no faster path, for each of them; and why this gradient.
-    assert all(any(why in line for line in because) for why in _NOT_BUILT.values())
+    assert all(any(why in line for line in because) for why in REASONS.values())
     assert any("solver's own operations" in line for line in because)
 
 
@@ -59,11 +66,11 @@ def test_explain(case):
     assert words in explain(**dict(func=untouched, y0=Y0, t=T) | changes)
 
 
-@pytest.mark.parametrize("name", _NOT_BUILT)
+@pytest.mark.parametrize("name", REASONS)
 @pytest.mark.parametrize("solve", [odeint, explain, odeint_adjoint])
 def test_a_named_backend_that_cannot_run_raises_with_the_reason(solve, name):
     more = dict(adjoint_params=()) if solve is odeint_adjoint else {}
-    reason = re.escape(_NOT_BUILT[name])
+    reason = re.escape(REASONS[name])
     with pytest.raises(ValueError, match=f'backend="{name}" cannot run.*{reason}'):
         solve(untouched, Y0, T, backend=name, **more)
 
@@ -146,10 +153,21 @@ def test_show_config():
     lines = text.splitlines()
     for name in BACKENDS[1:]:
         (line,) = (line for line in lines if line.startswith(f"backend {name}:"))
-        if name in _NOT_BUILT:
-            assert line == f"backend {name}: missing: {_NOT_BUILT[name]}"
-        else:
-            assert "works" in line
+        missing = {"cpu": library.missing(), "triton": _NO_TRITON}.get(name)
+        assert line == f"backend {name}: missing: {missing}" if missing else "works" in line
+
+
+def test_show_config_without_the_library(monkeypatch):
+    monkeypatch.setattr(library, "missing", lambda: "no compiler")
+    assert "backend cpu: missing: no compiler" in show_config().splitlines()
+
+
+@pytest.mark.skipif(bool(library.missing()), reason="without the C++ library")
+def test_explain_tells_of_the_cpu_backend():
+    field, y0 = MLPField(2, 4), torch.randn(3, 2)
+    text = explain(field, y0, T)
+    assert "backend: cpu" in text and "gradient: discrete" in text
+    assert "backend: reference" in explain(field, y0, T, gradient="autograd")
 
 
 def test_show_config_without_triton():

@@ -197,9 +197,8 @@ def first_step(case: Case) -> float:
 def backend(case: Case) -> str:
     """The backend that solves the case on our side."""
     t = torch.tensor([0.0, 1.0])
-    _, stats = anode_fast.odeint(
-        case.field, case.y0, t, **TOLERANCE, method=case.method, return_stats=True
-    )
+    arguments = {"method": case.method, "options": case.options, **TOLERANCE}
+    _, stats = anode_fast.odeint(case.field, case.y0, t, return_stats=True, **arguments)
     return stats.backend
 
 
@@ -209,11 +208,11 @@ def is_installed(name: str) -> bool:
 
 
 def with_torchode(case: Case) -> TorchRival | None:
-    """torchode's dopri5, eager, with the integral controller, its norm taken over the whole batch.
+    """The dopri5 of torchode, eager, its integral controller's norm taken over the whole batch.
 
-    torchode steps each row on its own. With that norm all rows take the same steps, which are
-    torchdiffeq's (with its default norm it took 20 evaluations here instead of 14). torch.compile
-    makes it about twice as fast, and takes half a minute for each case.
+    By itself torchode steps each row on its own. With that norm all rows take the same steps, which
+    are torchdiffeq's (with its default norm it took 20 evaluations here instead of 14).
+    torch.compile makes it about twice as fast, and takes half a minute for each case.
     """
     if not is_installed("torchode"):
         return None

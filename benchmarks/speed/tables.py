@@ -46,9 +46,9 @@ class Sheet:
 
 
 Info = Mapping[str, Any]
-"""What `versus` writes about a case: `case`, `ours` and `theirs`, names of the side that is measured
-and of the one that ratios are taken to unless `targets` ({name: wanted ratio}) has others, and
-`rivals`: {name: None if not installed, else {"ms", "nfe", "nfe_backward", "error", ...}}."""
+"""What `versus` writes about a case: `case`; `ours` and `theirs`, the names of the measured side
+and of the one that ratios are taken to unless `targets`, {name: wanted ratio}, has others; and
+`rivals`, {name: None if not installed, else {"ms", "nfe", "nfe_backward", maybe "error"}}."""
 
 
 def comparison(title: str, cases: Iterable[Info]) -> Sheet:

@@ -1,4 +1,4 @@
-"""Our CPU backend beside torchdiffeq, torchode and diffrax. Run:
+"""Our CPU backend beside torchdiffeq, torchode and diffrax.
 
     pytest benchmarks --benchmark-only -k cpu
 

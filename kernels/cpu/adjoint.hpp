@@ -15,6 +15,13 @@ namespace anode {
 constexpr std::size_t kMostGradientBytes = std::size_t(32) << 20;
 constexpr std::int64_t kMostGroups = 64, kLeastGroups = 8;
 
+// Groups of tiles, at least one, whose sums take `bytes` each.
+inline std::int64_t gradient_groups(std::int64_t tiles, std::size_t bytes) {
+  std::int64_t groups = std::clamp<std::int64_t>(tiles, 1, kMostGroups);
+  while (groups > kLeastGroups && groups * bytes > kMostGradientBytes) groups /= 2;
+  return groups;
+}
+
 template <class Field>
 class DiscreteGradient {
  public:
@@ -34,13 +41,11 @@ class DiscreteGradient {
   Result run(const T* grad, T* x_grad, T* const* parameter_grads) {
     const std::int64_t tiles = tiles_.count();
     const std::size_t size = field_.gradient_size();
-    std::int64_t groups = std::min(tiles, kMostGroups);
-    while (groups > kLeastGroups && groups * size * sizeof(T) > kMostGradientBytes) groups /= 2;
+    const std::int64_t groups = gradient_groups(tiles, size * sizeof(T));
     Buffer<T> sums;
     if (parameter_grads) {
-      const std::size_t count = size * std::max<std::int64_t>(groups, 1);
-      sums = Buffer<T>(count);
-      std::fill_n(sums.get(), count, T(0));
+      sums = Buffer<T>(groups * size);
+      std::fill_n(sums.get(), groups * size, T(0));
     }
     std::vector<std::int64_t> evaluations(groups);
     parallel_for(groups, [&](std::int64_t begin, std::int64_t end) {
@@ -125,10 +130,10 @@ class DiscreteGradient {
   }
 
   // Cotangent of a stage's argument from that of its derivative, into w.values.
-  void vjp(const Tile& tile, Workspace& w, int stage, const T* adj_k) {
+  void vjp(const Tile& tile, Workspace& w, int stage, const T* adj_k, const T* record) {
     std::copy_n(adj_k, dim_ * tile.lanes, field_.cotangent(w.deltas[stage], tile.vectors));
-    field_.vjp(w.records[stage], w.deltas[stage], w.values, tile.vectors);
-    w.evaluations.push_back({w.deltas[stage], w.records[stage]});
+    field_.vjp(record, w.deltas[stage], w.values, tile.vectors);
+    w.evaluations.push_back({w.deltas[stage], record});
   }
 
   // Adds the gradients of the outputs inside a step to the cotangents of its start, end and stages.
@@ -175,34 +180,52 @@ class DiscreteGradient {
     }
   }
 
-  // Takes w.adj_y1 and w.adj_f, cotangents of the step's end, to w.adj_y and w.adj_f, of its start.
-  std::int64_t step_back(const Tile& tile, Workspace& w, const Interval& at, const T* state,
-                         bool takes_first, bool end_stage, std::int64_t first, std::int64_t end,
-                         const T* grad, T* sum) {
-    const int lanes = tile.lanes, size = dim_ * lanes, last = method_.stages - 1;
-    fill_sizes(at, w.h, lanes);
-    w.evaluations.clear();
+  // A tile's part of a step.
+  struct TileStep {
+    Interval at;
+    const T* state;
+    const T* records;  // null: the stages are made again
+    bool takes_first, end_stage;
+    std::int64_t first_output, end_output;
+  };
 
-    // The stages once more.
-    const T* y0 = state;
-    w.k[0] = state + size;
-    if (!takes_first) {
-      std::copy_n(y0, size, argument(tile, w, 0));
-      evaluate(tile, w, 0, at, 0.0);
+  // Makes the stages of a step again, for their records. Returns the number of evaluations.
+  std::int64_t make_stages(const Tile& tile, Workspace& w, const TileStep& s) {
+    const int size = dim_ * tile.lanes, last = method_.stages - 1;
+    w.k[0] = s.state + size;
+    if (!s.takes_first) {
+      std::copy_n(s.state, size, argument(tile, w, 0));
+      evaluate(tile, w, 0, s.at, 0.0);
     }
     for (int i = 1; i < method_.inner; ++i) {
-      combine<T>(y0, w.h, method_.a[i], nullptr, w.k, argument(tile, w, i), dim_, tile.vectors);
-      evaluate(tile, w, i, at, method_.c[i]);
+      T* argument_i = argument(tile, w, i);
+      combine<T>(s.state, w.h, method_.a[i], nullptr, w.k, argument_i, dim_, tile.vectors);
+      evaluate(tile, w, i, s.at, method_.c[i]);
     }
-    if (end_stage) {
-      combine<T>(y0, w.h, method_.b, nullptr, w.k, argument(tile, w, last), dim_, tile.vectors);
-      evaluate(tile, w, last, at, 1.0);
+    if (s.end_stage) {
+      T* y1 = argument(tile, w, last);
+      combine<T>(s.state, w.h, method_.b, nullptr, w.k, y1, dim_, tile.vectors);
+      evaluate(tile, w, last, s.at, 1.0);
     }
+    return method_.inner - s.takes_first + s.end_stage;
+  }
+
+  // Takes w.adj_y1 and w.adj_f, cotangents of the step's end, to w.adj_y and w.adj_f, of its start.
+  // Returns the number of evaluations.
+  std::int64_t step_back(const Tile& tile, Workspace& w, const TileStep& s, const T* grad, T* sum) {
+    const Interval& at = s.at;
+    const int lanes = tile.lanes, size = dim_ * lanes, last = method_.stages - 1;
+    fill_sizes(at, w.h, lanes);
+    const std::int64_t evaluations = s.records ? 0 : make_stages(tile, w, s);
+    auto record = [&](int stage) -> const T* {
+      return s.records ? s.records + (stage - 1) * trace_.record_size : w.records[stage];
+    };
+    w.evaluations.clear();
 
     // Cotangents: of the outputs, of the derivative handed on, of the solution.
     std::fill_n(w.adj_y, size, T(0));
     std::fill_n(w.adj_k, method_.stages * size, T(0));
-    add_outputs(tile, w, at, first, end, grad);
+    add_outputs(tile, w, at, s.first_output, s.end_output, grad);
     T* adj_last = w.adj_k + last * size;
     if (at.rows0) {  // only rows that moved handed on a new derivative
       for (int i = 0; i < dim_; ++i) {
@@ -215,20 +238,20 @@ class DiscreteGradient {
       add(adj_last, w.adj_f, lanes);
       std::fill_n(w.adj_f, size, T(0));
     }
-    if (end_stage) {
-      vjp(tile, w, last, adj_last);
+    if (s.end_stage) {
+      vjp(tile, w, last, adj_last, record(last));
       add(w.adj_y1, w.values, lanes);
     }
     add(w.adj_y, w.adj_y1, lanes);
     spread(w, method_.b, w.adj_y1, lanes);
-    for (int i = method_.inner - 1; i >= (takes_first ? 1 : 0); --i) {
-      vjp(tile, w, i, w.adj_k + i * size);
+    for (int i = method_.inner - 1; i >= (s.takes_first ? 1 : 0); --i) {
+      vjp(tile, w, i, w.adj_k + i * size, record(i));
       add(w.adj_y, w.values, lanes);
       spread(w, method_.a[i], w.values, lanes);
     }
-    if (takes_first) add(w.adj_f, w.adj_k, lanes);
+    if (s.takes_first) add(w.adj_f, w.adj_k, lanes);
     if (sum) field_.accumulate_gradient(w.evaluations, tile.vectors, sum);
-    return std::int64_t(w.evaluations.size());
+    return evaluations;
   }
 
   // adj_k[j] += h * weight_j * cotangent.
@@ -259,17 +282,22 @@ class DiscreteGradient {
         const RowStep<T>& s = steps[i];
         const auto [low, high] = bounds(s);
         std::swap(w.adj_y, w.adj_y1);
-        evaluations += step_back(tile, w, {0, 0, s.t0.data(), s.t1.data()}, s.state.get(), true,
-                                 method_.last_at_solution, low, high, grad, sum);
+        const Interval at{0, 0, s.t0.data(), s.t1.data()};
+        const bool end_stage = method_.last_at_solution;
+        const TileStep back{at, s.state.get(), nullptr, true, end_stage, low, high};
+        evaluations += step_back(tile, w, back, grad, sum);
         start = s.state.get();
       }
     } else {
       for (std::size_t i = trace_.steps.size(); i-- > 0;) {
         const Step<T>& s = trace_.steps[i];
         const T* state = s.state + tile.index * trace_.tile_size;
+        const std::size_t of_records = (method_.stages - 1) * trace_.record_size;
+        const T* records = s.records ? s.records + tile.index * of_records : nullptr;
         std::swap(w.adj_y, w.adj_y1);
-        evaluations += step_back(tile, w, {s.t0, s.t1}, state, s.takes_first, s.end_stage,
-                                 s.first_output, s.end_output, grad, sum);
+        const TileStep back{{s.t0, s.t1},  state,          records,     s.takes_first,
+                            s.end_stage, s.first_output, s.end_output};
+        evaluations += step_back(tile, w, back, grad, sum);
         start = s.takes_first ? state : nullptr;
       }
     }
@@ -277,7 +305,7 @@ class DiscreteGradient {
       std::copy_n(start, size, argument(tile, w, 0));
       evaluate(tile, w, 0, {t_start, t_start}, 0.0);
       w.evaluations.clear();
-      vjp(tile, w, 0, w.adj_f);
+      vjp(tile, w, 0, w.adj_f, w.records[0]);
       add(w.adj_y, w.values, tile.lanes);
       if (sum) field_.accumulate_gradient(w.evaluations, tile.vectors, sum);
       ++evaluations;

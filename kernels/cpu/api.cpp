@@ -6,6 +6,7 @@
 #endif
 
 #include "adjoint.hpp"
+#include "continuous.hpp"
 #include "mlp.hpp"
 #include "runge_kutta.hpp"
 
@@ -60,6 +61,13 @@ void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* cons
   DiscreteGradient<Mlp<T>> gradient(field, plan.tableau, plan.options, owned.trace);
   result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
                         reinterpret_cast<T* const*>(parameter_grads));
+}
+
+template <class T>
+void continuous_gradient(const Plan& plan, const AdjointCall<T>& call,
+                         const void* const* parameters, Result& result) {
+  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true);
+  result = ContinuousGradient<Mlp<T>>(field, plan.tableau, plan.options, call).run();
 }
 
 template <class F>
@@ -120,6 +128,30 @@ ANODE_EXPORT void anode_discrete_gradient(const Plan* plan, const void* trace,
     const auto gradient = plan->is_double ? discrete_gradient<double> : discrete_gradient<float>;
     gradient(*plan, any, parameters, grad, x_grad, parameter_grads, *result);
   });
+}
+
+// The gradient of a solve by the adjoint ODE; see AdjointCall. `plan` says how that is solved.
+ANODE_EXPORT void anode_continuous_gradient(const Plan* plan, std::int64_t rows,
+                                            const void* const* parameters, const double* times,
+                                            std::int64_t num_times, const double* grid,
+                                            std::int64_t num_grid, const void* solution,
+                                            const void* grad, int seminorm, void* x_grad,
+                                            void* const* parameter_grads, Result* result) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    const AdjointCall<T> call{rows,
+                              times,
+                              num_times,
+                              grid,
+                              num_grid,
+                              static_cast<const T*>(solution),
+                              static_cast<const T*>(grad),
+                              seminorm != 0,
+                              static_cast<T*>(x_grad),
+                              reinterpret_cast<T* const*>(parameter_grads)};
+    continuous_gradient<T>(*plan, call, parameters, *result);
+  };
+  guarded(*result, [&] { plan->is_double ? run(0.0) : run(0.0f); });
 }
 
 ANODE_EXPORT void anode_free(void* trace) { delete static_cast<AnyTrace*>(trace); }

@@ -118,6 +118,13 @@ def _declare(library: ctypes.CDLL) -> None:
         ),
         # plan, checkpoints, parameters, grad, gradients of x and parameters, result
         "anode_discrete_gradient": (None, [pointer] * 7),
+        "anode_continuous_gradient": (
+            None,
+            # plan, rows, parameters, times, grid, solution, grad
+            [pointer, size, pointer, pointer, size, pointer, size, pointer, pointer]
+            # whether to use the seminorm, gradients of x and parameters, result
+            + [ctypes.c_int, pointer, pointer, pointer],
+        ),
         "anode_free": (None, [pointer]),
     }
     for name, (result, arguments) in functions.items():

@@ -6,6 +6,7 @@
 // changed.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -231,6 +232,10 @@ class Mlp {
         auto zero = [](int) { return T(0); };
         backward_.emplace_back(out, in);
         backward_.back().fill(zero, zero, [&](int i, int j) { return entry(j, i); });
+        if (lead) {
+          time_backward_ = Panels<T>(out, 1);
+          time_backward_.fill(zero, zero, [&](int, int j) { return sign * weight[j * (in + 1)]; });
+        }
       }
     }
     for (int i = 0; i < shape.hidden_layers; ++i) widest_ = std::max(widest_, shape.hidden[i]);
@@ -325,7 +330,18 @@ class Mlp {
     }
   }
 
+  // gradient = cotangent^T df/dt of each row, from the deltas of `vjp`.
+  void time_gradient(const T* deltas, T* gradient, int vectors) const {
+    const int n = vectors * kLanes<T>;
+    if (!shape_.time_dependent) return void(std::fill_n(gradient, n, T(0)));
+    affine(time_backward_, static_cast<const T*>(nullptr), deltas + delta_[0] * n, gradient,
+           vectors, false, [](int, int) {});
+  }
+
   // --- gradients of the weights
+
+  // Number of tensors: a weight and a bias of each layer.
+  int parameters() const { return 2 * shape_.layers(); }
 
   // Size of an accumulator of all weights' gradients.
   std::size_t gradient_size() const {
@@ -349,7 +365,41 @@ class Mlp {
     }
   }
 
-  // Writes an accumulator into tensors like the parameters.
+  // The largest root mean square of a parameter's part of an accumulator, nan if there is one. Only
+  // parameters that are not null in `wanted` count.
+  double largest_rms(const T* values, const T* const* wanted) const {
+    constexpr int kSums = kGradientRows * kGradientColumns;
+    double largest = 0;
+    auto note = [&](const T* is_wanted, double sum, std::int64_t count) {
+      const double rms = std::sqrt(sum / double(count));
+      if (is_wanted && !(rms <= largest)) largest = rms;
+    };
+    for (int l = 0; l < shape_.layers(); ++l) {
+      const GradientBlocks<T> blocks = gradient_blocks(l);
+      T first[kSums] = {}, others[kSums] = {};  // by place in a block: the first columns', the rest
+      for (int rb = 0; rb < blocks.row_blocks(); ++rb) {
+        for (int cb = 0; cb < blocks.column_blocks(); ++cb, values += kSums) {
+          T* sums = cb == 0 ? first : others;
+          for (int k = 0; k < kSums; ++k) sums[k] += values[k] * values[k];
+        }
+      }
+      const int lead = l == 0 && shape_.time_dependent ? 1 : 0;
+      double weight = 0, bias = 0;
+      for (int k = 0; k < kSums; ++k) {
+        const int column = k % kGradientColumns;
+        const bool no_parameter = l == 0 && column == 1 && !lead;
+        weight += double(others[k]);
+        if (!no_parameter) (column == 0 ? bias : weight) += double(first[k]);
+      }
+      const std::int64_t rows = shape_.outputs(l);
+      note(wanted[2 * l], weight, rows * (shape_.inputs(l) + lead));
+      note(wanted[2 * l + 1], bias, rows);
+      if (largest != largest) break;
+    }
+    return largest;
+  }
+
+  // Writes an accumulator into tensors like the parameters, those excepted that are null.
   void unpack_gradient(const T* gradient, bool backwards, T* const* out) const {
     const T sign = backwards ? T(-1) : T(1);
     for (int l = 0; l < shape_.layers(); ++l) {
@@ -359,7 +409,8 @@ class Mlp {
       T* weight = out[2 * l];
       T* bias = out[2 * l + 1];
       for (int j = 0; j < shape_.outputs(l); ++j) {
-        bias[j] = scale * gradient[blocks.index(j, 0)];
+        if (bias) bias[j] = scale * gradient[blocks.index(j, 0)];
+        if (!weight) continue;
         if (lead) *weight++ = sign * gradient[blocks.index(j, 1)];
         for (int i = 0; i < in; ++i) {
           *weight++ = scale * gradient[blocks.index(j, i + (l == 0 ? kInputRows : 1))];
@@ -396,6 +447,7 @@ class Mlp {
   Shape shape_;
   Activation activation_;
   std::vector<Panels<T>> forward_, backward_;
+  Panels<T> time_backward_;
   std::int32_t widest_ = 0;
   std::vector<int> in_, delta_, slope_;
   int record_rows_ = 0, delta_rows_ = 0;

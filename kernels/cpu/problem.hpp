@@ -79,6 +79,7 @@ struct Step {
   bool takes_first;                       // the first stage is the one before's last
   bool end_stage;                         // the last stage was evaluated
   const T* state;                         // y and, if taken over, f at t0, of every tile
+  const T* records = nullptr;             // of the stages but the first, of every tile, if kept
 };
 
 // A step of one tile under step control by row: rows that it does not move have t1 = t0.
@@ -96,6 +97,8 @@ struct Trace {
   std::vector<Step<T>> steps;
   std::vector<Buffer<T>> states;  // before each step: y and, if taken over, f, of every tile
   std::size_t tile_size = 0;      // numbers a tile has in a state
+  std::vector<Buffer<T>> records;
+  std::size_t record_size = 0;  // numbers an evaluation has in the records
   std::vector<std::vector<RowStep<T>>> row_steps;  // of each tile
 };
 

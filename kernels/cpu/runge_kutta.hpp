@@ -26,6 +26,10 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // As in the reference: attempts that gave nan or inf, none of them passed, after which it gives up.
 constexpr int kMostNonFiniteAttempts = 16;
 
+// Most memory for records of evaluations, which spare the gradient to make them again: what stays
+// in the cache until then.
+constexpr std::size_t kMostRecordBytes = std::size_t(1) << 20;
+
 // --- arithmetic of a step -------------------------------------------------------------------------
 
 // The nonzero weights of a sum over stages.
@@ -347,31 +351,43 @@ class Solver {
     });
   }
 
-  // derivative = f(t, y) with t the node c of the step.
+  // derivative = f(t, y) with t the node c of the step; y null: the state is in the input tile. That
+  // is the work space's, or the record's if one is wanted.
   void evaluate(const Tile& tile, Workspace<Field>& w, const Interval& at, double c, const T* y,
-                T* derivative) const {
-    T* state = w.input + Field::kInputRows * tile.lanes;
-    if (y) std::copy_n(y, dim_ * tile.lanes, state);
-    fill_node(at, c, options_.control != std::int32_t(Control::fixed), w.input + tile.lanes,
-              tile.lanes);
-    field_.evaluate(w.input, derivative, w.scratch, tile.vectors);
+                T* derivative, T* record = nullptr) const {
+    T* input = record ? record : w.input;
+    if (y) std::copy_n(y, dim_ * tile.lanes, input + Field::kInputRows * tile.lanes);
+    const bool adaptive = options_.control != std::int32_t(Control::fixed);
+    fill_node(at, c, adaptive, input + tile.lanes, tile.lanes);
+    if (record) {
+      field_.evaluate_recording(record, derivative, tile.vectors);
+    } else {
+      field_.evaluate(input, derivative, w.scratch, tile.vectors);
+    }
   }
 
   // One step from y0 to y1. w.k[0] is the first stage; w.k gets the others, the last one in `last`
-  // if that is evaluated at the solution.
+  // if that is evaluated at the solution. `records` gets the evaluations' if it is not null.
   void step(const Tile& tile, Workspace<Field>& w, const Interval& at, const T* y0, T* y1,
-            bool end_stage, T* last) const {
+            bool end_stage, T* last, T* records = nullptr) const {
+    auto record = [&](int stage) -> T* {
+      if (!records) return nullptr;
+      T* p = records + (stage - 1) * trace_->record_size;
+      field_.prepare_record(p, tile.vectors);
+      return p;
+    };
     fill_sizes(at, w.h, tile.lanes);
-    T* state = w.input + Field::kInputRows * tile.lanes;
     for (int i = 1; i < method_.inner; ++i) {
       T* k = w.derivatives + i * dim_ * tile.lanes;
+      T* kept = record(i);
+      T* state = (kept ? kept : w.input) + Field::kInputRows * tile.lanes;
       combine<T>(y0, w.h, method_.a[i], nullptr, w.k, state, dim_, tile.vectors);
-      evaluate(tile, w, at, method_.c[i], nullptr, k);
+      evaluate(tile, w, at, method_.c[i], nullptr, k, kept);
       w.k[i] = k;
     }
     combine<T>(y0, w.h, method_.b, nullptr, w.k, y1, dim_, tile.vectors);
     if (end_stage) {
-      evaluate(tile, w, at, 1.0, y1, last);
+      evaluate(tile, w, at, 1.0, y1, last, record(method_.stages - 1));
       w.k[method_.stages - 1] = last;
     }
   }
@@ -409,7 +425,7 @@ class Solver {
       const auto [first, end] = outputs_inside(t0, t1);
       const bool inside = first < end && call_.times[first] < t1;
       const bool end_stage = method_.last_on_demand && inside;
-      steps.push_back({t0, t1, first, end, before, end_stage, nullptr});
+      steps.push_back({t0, t1, first, end, before, end_stage, nullptr, nullptr});
       result_.nfe += method_.inner - before + end_stage;
       before = end_stage;
     }
@@ -556,13 +572,15 @@ class Solver {
         return fail_at(std::isfinite(ratio) ? kUnderflow : kNonFinite, t0, dt, current);
       }
       T* next = make_state(std::size_t(result_.accepted) + 1);
+      T* records = make_records(std::size_t(result_.accepted));
       const auto [first, end] = outputs_inside(t0, t1);
       for_each_tile([&, first = first, end = end](const Tile& tile, Workspace<Field>& w) {
         const Interval at{t0, t1};
         const T* y0 = current + tile.index * tile_size;
         T *y1 = next + tile.index * tile_size, *f1 = y1 + dim_ * tile.lanes;
         w.k[0] = y0 + dim_ * tile.lanes;
-        step(tile, w, at, y0, y1, method_.last_at_solution, f1);
+        step(tile, w, at, y0, y1, method_.last_at_solution, f1,
+             records ? records + tile.index * (method_.stages - 1) * trace_->record_size : nullptr);
         if (!method_.last_at_solution) {
           std::copy_n(w.k[method_.stages - 1], dim_ * tile.lanes, f1);
         }
@@ -576,7 +594,8 @@ class Solver {
       ratio = rms(sums0);
       if (controller_.accepts(dt, ratio)) {
         if (trace_) {
-          trace_->steps.push_back({t0, t1, first, end, true, method_.last_at_solution, current});
+          trace_->steps.push_back(
+              {t0, t1, first, end, true, method_.last_at_solution, current, records});
         }
         ++result_.accepted;
         if (t1 >= non_finite_at) non_finite = 0;
@@ -596,6 +615,16 @@ class Solver {
     }
     result_.t = t0;
     result_.dt = dt;
+  }
+
+  // Memory for the records of a step, null if there is to be none.
+  T* make_records(std::size_t step) const {
+    if (!trace_) return nullptr;
+    trace_->record_size = field_.record_rows() * kTileRows<T>;
+    const std::size_t size = trace_->record_size * (method_.stages - 1) * tiles_.count();
+    if ((step + 1) * size * sizeof(T) > kMostRecordBytes) return nullptr;
+    if (trace_->records.size() <= step) trace_->records.emplace_back(size);
+    return trace_->records[step].get();
   }
 
   // Leaves the state and the derivative from which the solve could not go on.

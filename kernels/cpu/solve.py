@@ -191,6 +191,7 @@ class Solve:
         self._pointers = c_void_p * (2 * hidden + 2)
         self._solve = library.anode_solve
         self._discrete_gradient = library.anode_discrete_gradient
+        self._continuous_gradient = library.anode_continuous_gradient
         self._free = library.anode_free
 
     def forward(
@@ -263,6 +264,59 @@ class Solve:
             grad.data_ptr(),
             None if x_grad is None else x_grad.data_ptr(),
             self._pointers(*[p.data_ptr() for p in grads]) if wanted else None,
+            ctypes.byref(result),
+        )
+        return x_grad, grads, result
+
+    def continuous_gradient(
+        self,
+        solution: Tensor,
+        parameters: Sequence[Tensor],
+        times: Sequence[float],
+        grad: Tensor,
+        x: Tensor | None,
+        wanted: Sequence[bool],
+        grid: Sequence[float] = (),
+        seminorm: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor | None], Result]:
+        """The gradient of a solve by the adjoint ODE, which this method and these options solve.
+
+        The options `backwards` and `data_dim` are those of the solve itself, whatever its others.
+
+        Args:
+            solution: What the solve returned, [times, rows, dim], contiguous.
+            parameters: As in `forward`.
+            times: Output times of the solve.
+            grad: Cotangent of the solution, [times, rows, dim], contiguous.
+            x: A tensor like the gradient for x, if that is wanted.
+            wanted: Whether each parameter's gradient is wanted. Others have no part in the norm.
+            grid: For fixed steps: their ends in negated time, increasing, from the last output time
+                to the first; the others are among them, once, or twice where grids meet there.
+            seminorm: Whether to leave the parameters' gradients out of the norm.
+
+        Returns:
+            The gradient for x or None; those of the parameters, None where not wanted; the counts.
+        """
+        n = len(times)
+        x_grad = None if x is None else torch.empty(x.shape, dtype=self.dtype)
+        grads = [
+            torch.empty_like(p) if asked else None
+            for p, asked in zip(parameters, wanted, strict=True)
+        ]
+        result = Result()
+        self._continuous_gradient(
+            self._address,
+            solution.shape[1],
+            self._pointers(*[p.data_ptr() for p in parameters]),
+            (c_double * n)(*times),
+            n,
+            (c_double * len(grid))(*grid) if grid else None,
+            len(grid),
+            solution.data_ptr(),
+            grad.data_ptr(),
+            seminorm,
+            None if x_grad is None else x_grad.data_ptr(),
+            self._pointers(*[None if p is None else p.data_ptr() for p in grads]),
             ctypes.byref(result),
         )
         return x_grad, grads, result
