@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import ConvField, MLPField
-from anode_fast.odeint import pad, solve_padded
+from anode_fast.odeint import Settings, pad, solve
 from anode_fast.problem import ADAPTIVE, FAMILIES
 from anode_fast.spec import size
 from anode_fast.stats import SolveStats
@@ -250,21 +250,18 @@ class AugODEBlock(nn.Module):
         options = self.options
         if FAMILIES.get(self.method) == ADAPTIVE:  # others would warn about the option
             options = {"max_num_steps": self.max_num_steps, **options}
-        solution: Tensor
-        solution, self.stats = solve_padded(
-            self.field,
-            x,
-            times,
-            columns=columns,
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.method,
-            options=options,
-            backend=self.backend,
-            step_control=self.step_control,
-            gradient=self.gradient,
-            return_stats=True,
+        settings = Settings(
+            self.rtol,
+            self.atol,
+            self.method,
+            options,
+            None,
+            self.backend,
+            self.step_control,
+            self.gradient,
         )
+        solution: Tensor
+        solution, self.stats = solve(self.field, x, times, settings, columns)
         return solution
 
     def _output_times(self, eval_times: Tensor | Sequence[float]) -> tuple[Tensor, int]:

@@ -60,7 +60,7 @@ def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -
     """
     func, options, y0 = problem.original, problem.options, problem.y0
     if library.load() is None:
-        return library.missing()
+        return str(library.missing())
     if spec is None:
         return f"the field is {_described(func)}, and the kernels know MLPField only"
     if problem.family not in (FIXED, ADAPTIVE):
@@ -104,7 +104,7 @@ def _why_not_now() -> str:
     return ""
 
 
-def _has_hooks(func: nn.Module) -> bool:
+def _has_hooks(func: Any) -> bool:
     members = func.__dict__
     return bool(
         members["_forward_hooks"]
@@ -150,7 +150,12 @@ class Native:
 
 
 def prepare(
-    problem: Problem, spec: MLPSpec, *, data_dim: int, gradient: str, keep_steps: bool, by_row: bool
+    problem: Problem,
+    spec: MLPSpec,
+    data_dim: int,
+    gradient: str = "discrete",
+    keep_steps: bool = True,
+    by_row: bool = False,
 ) -> Native:
     """What runs a problem that `why_not` has nothing against."""
     loaded = library.load()
@@ -329,6 +334,7 @@ class Call:
 
     def solve(self, x: Tensor, parameters: Sequence[Tensor], keep: bool) -> Tensor:
         """The solution, [times, rows, dim]; sets `checkpoints` if `keep`."""
+        solution: Tensor
         if x.stride(1) != 1:
             x = x.contiguous()
         parameters = [p if p.is_contiguous() else p.contiguous() for p in parameters]
@@ -444,19 +450,19 @@ def run(call: Call, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype)
     return call.solve(x, parameters, keep=False)
 
 
-# --- operators for torch.compile -------------------------------------------------------------------
+# --- operators for torch.compile ------------------------------------------------------------------
 #
-# A compiled graph keeps a solve as one node. Its backward pass solves once more, because nothing but
-# tensors can pass from one node to another. Counts are not kept.
-# A compiled graph keeps a solve as one node. Its backward pass solves once more, because only tensors
-# can pass from one node to another. Counts are not kept.
+# A compiled graph keeps a solve as one node. Its backward pass solves once more, because nothing
+# but tensors can pass from one node to another. Counts are not kept.
+
+_ops = torch.library.Library("anode_fast", "DEF")
 _ops.define("solve(Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor")
 _ops.define(
     "solve_gradient(Tensor grad, Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor[]"
 )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def can_compile() -> bool:
     """Whether the library is there."""
     return library.load() is not None
@@ -499,10 +505,7 @@ def _native(call: str, dtype: torch.dtype, backwards: bool) -> Native:
     spec, columns, by_row, arguments = _recipe(call)
     t = torch.tensor([1.0, 0.0] if backwards else [0.0, 1.0])
     problem = make_problem(_no_field, torch.zeros(1, spec.dim, dtype=dtype), t, **arguments)
-    data_dim = spec.dim - columns
-    return prepare(
-        problem, spec, data_dim=data_dim, gradient="discrete", keep_steps=False, by_row=by_row
-    )
+    return prepare(problem, spec, spec.dim - columns, keep_steps=False, by_row=by_row)
 
 
 def _no_field(t: Tensor, y: Tensor) -> Tensor:
@@ -553,12 +556,12 @@ _ops.impl("solve_gradient", _gradient_now, "CPU")
 torch.library.register_autograd("anode_fast::solve", _backward, setup_context=_setup_context)
 
 
-@torch.library.register_fake("anode_fast::solve")
+@torch.library.register_fake("anode_fast::solve")  # type: ignore[untyped-decorator]
 def _solve_fake(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
     return x.new_empty((t.shape[0], x.shape[0], parameters[-1].shape[0]))
 
 
-@torch.library.register_fake("anode_fast::solve_gradient")
+@torch.library.register_fake("anode_fast::solve_gradient")  # type: ignore[untyped-decorator]
 def _gradient_fake(
     grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
 ) -> list[Tensor]:

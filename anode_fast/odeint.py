@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -83,20 +83,9 @@ def odeint(
     100,000 (4,000 for an event).
     """
     _refuse_unknown("odeint", unknown)
-    return solve_padded(
-        func,
-        y0,
-        t,
-        rtol=rtol,
-        atol=atol,
-        method=method,
-        options=options,
-        event_fn=event_fn,
-        backend=backend,
-        step_control=step_control,
-        gradient=gradient,
-        return_stats=return_stats,
-    )
+    settings = Settings(rtol, atol, method, options, event_fn, backend, step_control, gradient)
+    result, stats = solve(func, y0, t, settings)
+    return (result, stats) if return_stats else result
 
 
 def odeint_adjoint(
@@ -160,40 +149,25 @@ def odeint_adjoint(
         raise InvalidType(
             f"odeint_adjoint: adjoint_options is a {type(adjoint_options).__name__}, want a dict"
         )
-    arguments = _AdjointArguments(
+    given = AdjointArguments(
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, _tensors(adjoint_params)
     )
-    return solve_padded(
-        func,
-        y0,
-        t,
-        rtol=rtol,
-        atol=atol,
-        method=method,
-        options=options,
-        event_fn=event_fn,
-        backend=backend,
-        step_control=step_control,
-        gradient=gradient,
-        return_stats=return_stats,
-        adjoint_arguments=arguments,
+    settings = Settings(
+        rtol, atol, method, options, event_fn, backend, step_control, gradient, given
     )
+    result, stats = solve(func, y0, t, settings)
+    return (result, stats) if return_stats else result
 
 
-@dataclass
-class _AdjointArguments:
+@dataclass(frozen=True)
+class AdjointArguments:
     """What odeint_adjoint takes beside odeint's arguments."""
 
-    rtol: Any
-    atol: Any
-    method: str | None
-    options: Mapping[str, Any] | None
-    params: list[Tensor] | None
-
-    @functools.cached_property
-    def is_plain(self) -> bool:
-        """Whether there is nothing special to them."""
-        return self.params is None and not self.has_options
+    rtol: Any = None
+    atol: Any = None
+    method: str | None = None
+    options: Options | None = None
+    params: list[Tensor] | None = None
 
     @property
     def has_options(self) -> bool:
@@ -211,9 +185,6 @@ class _AdjointArguments:
         )
 
 
-_NO_ARGUMENTS = _AdjointArguments(None, None, None, None, None)
-
-
 def _tensors(params: Iterable[Tensor] | Tensor | None) -> list[Tensor] | None:
     """adjoint_params as a list; one tensor means that one."""
     if params is None:
@@ -229,95 +200,112 @@ def _tensors(params: Iterable[Tensor] | Tensor | None) -> list[Tensor] | None:
     return given
 
 
-def solve_padded(
-    func: Field,
-    x: State,
-    t: Tensor,
-    *,
-    columns: int = 0,
-    rtol: Any,
-    atol: Any,
-    method: str | None,
-    options: Options | None,
-    event_fn: Callable[..., Any] | None = None,
-    backend: str,
-    step_control: str,
-    gradient: str,
-    return_stats: bool,
-    adjoint_arguments: _AdjointArguments | None = None,
-) -> Any:
-    """`odeint`, or with `adjoint_arguments` `odeint_adjoint`, from x with `columns` zeros appended.
+_NO_ADJOINT = AdjointArguments()
 
-    The zeros go along dim 1. The kernels append them on their own.
-    """
-    arguments = adjoint_arguments or _NO_ARGUMENTS
-    plain = type(func) is MLPField and event_fn is None and arguments.is_plain
-    if plain and torch.compiler.is_compiling():
-        by_row = step_control == "sample"
-        if fused.can_compile() and backend in ("auto", "cpu") and gradient in ("auto", "discrete"):
-            settings = (rtol, atol, method, tuple((options or {}).items()), by_row)
-            solution = fused.compiled(func, x, t, columns, settings)
-            return (solution, SolveStats("cpu", method)) if return_stats else solution
 
-    def problem_from(x: State, warn: bool = False) -> Problem:
+@dataclass(slots=True)
+class Settings:
+    """The arguments of a solve but for field, state and times. `adjoint`: of odeint_adjoint."""
+
+    rtol: Any
+    atol: Any
+    method: str | None
+    options: Options | None
+    event_fn: Callable[..., Any] | None
+    backend: str
+    step_control: str
+    gradient: str
+    adjoint: AdjointArguments | None = None
+
+    def problem(self, func: Field, y0: State, t: Tensor, warn: bool = False) -> Problem:
+        """The call in normal form."""
         return make_problem(
             func,
-            pad(x, columns),
+            y0,
             t,
-            rtol=rtol,
-            atol=atol,
-            method=method,
-            options=options,
-            event_fn=event_fn,
+            rtol=self.rtol,
+            atol=self.atol,
+            method=self.method,
+            options=self.options,
+            event_fn=self.event_fn,
             warn=warn,
         )
 
-    memo = None
-    if plain:
-        kind = (adjoint_arguments is None, columns, method, backend, step_control, gradient)
-        memo = fused.look_up(func, x, t, rtol, atol, options, kind)
-    if memo and memo.native:
-        call = fused.Call(memo.native, func, memo.times, (), problem_from)
-        solution = fused.run(call, x, memo.tensors, t.dtype)
-        return (solution, call.stats) if return_stats else solution
-    problem = problem_from(x, warn=True)
-    plan = choose(
-        problem,
-        backend=backend,
-        gradient=gradient,
-        step_control=step_control,
-        is_adjoint=adjoint_arguments is not None,
-        has_adjoint_options=arguments.has_options,
-        params=arguments.params,
-    )
-    if plan.backend == "cpu" and isinstance(x, Tensor):
-        native = fused.prepare(
+    @property
+    def are_plain(self) -> bool:
+        """Whether there is nothing special to them, so that kernels may know the call already."""
+        plain = self.adjoint is None or self.adjoint == _NO_ADJOINT
+        return plain and self.event_fn is None
+
+    def plan(self, problem: Problem) -> Plan:
+        """How the call will be carried out."""
+        adjoint = self.adjoint or _NO_ADJOINT
+        return choose(
             problem,
-            func.spec(),
-            data_dim=x.shape[1],
-            gradient=plan.gradient,
-            keep_steps=plan.keep_steps,
-            by_row=plan.by_row,
+            backend=self.backend,
+            gradient=self.gradient,
+            step_control=self.step_control,
+            is_adjoint=self.adjoint is not None,
+            has_adjoint_options=adjoint.has_options,
+            params=adjoint.params,
         )
-        if memo and _says_nothing(problem, options):
+
+
+def solve(
+    func: Field, x: State, t: Tensor, settings: Settings, columns: int = 0
+) -> tuple[Any, SolveStats]:
+    """What `odeint` returns for the state x with `columns` zeros appended, and the counts.
+
+    The zeros go along dim 1. The kernels append them on their own.
+    """
+    mlp = func if isinstance(func, MLPField) and type(func) is MLPField else None
+    memo = None
+    if mlp is not None and isinstance(x, Tensor) and settings.are_plain:
+        if torch.compiler.is_compiling() and _can_compile(settings):
+            return _compiled(mlp, x, t, settings, columns)
+        memo = fused.look_up(
+            mlp,
+            x,
+            t,
+            settings.rtol,
+            settings.atol,
+            settings.options,
+            (
+                *(settings.adjoint is None, columns, settings.method),
+                *(settings.backend, settings.step_control, settings.gradient),
+            ),
+        )
+
+    def problem_from(x: Tensor) -> Problem:
+        return settings.problem(func, pad(x, columns), t)
+
+    if memo and memo.native and mlp is not None and isinstance(x, Tensor):
+        call = fused.Call(memo.native, mlp, memo.times, (), problem_from)
+        return fused.run(call, x, memo.tensors, t.dtype), call.stats
+    problem = settings.problem(func, pad(x, columns), t, warn=True)
+    plan = settings.plan(problem)
+    if plan.backend == "cpu" and mlp is not None and isinstance(x, Tensor):
+        native = fused.prepare(
+            problem, mlp.spec(), x.shape[1], plan.gradient, plan.keep_steps, plan.by_row
+        )
+        if memo and _says_nothing(problem, settings.options):
             fused.remember(memo, native)
         grid = [point for point, _ in problem.grid()] if native.fixed else []
-        call = fused.Call(native, func, problem.times, grid, problem_from)
-        solution = fused.run(call, x, func.tensors(), t.dtype)
-        return (solution, call.stats) if return_stats else solution
-    backward = arguments.resolved(problem, options)
-    return _run(problem, plan, arguments.params, backward, return_stats)
+        call = fused.Call(native, mlp, problem.times, grid, problem_from)
+        return fused.run(call, x, mlp.tensors(), t.dtype), call.stats
+    given = settings.adjoint or _NO_ADJOINT
+    return _run(problem, plan, given.params, given.resolved(problem, settings.options))
 
 
-def pad(x: State, columns: int) -> State:
-    """X with zeros appended along dim 1."""
+_State = TypeVar("_State", bound=State)
+
+
+def pad(x: _State, columns: int) -> _State:
+    """The state x with zeros appended along dim 1."""
     if not columns or not isinstance(x, Tensor):
         return x
     # F.pad counts from the last dim.
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, columns))
-
-
-# --- native solves --------------------------------------------------------------------------------
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, columns))  # type: ignore[return-value]
 
 
 def _says_nothing(problem: Problem, options: Options | None) -> bool:
@@ -325,6 +313,21 @@ def _says_nothing(problem: Problem, options: Options | None) -> bool:
     known = set(options or ()) <= OPTIONS[problem.family]
     one_step = problem.family == FIXED and len(problem.times) == 2
     return known and not (one_step and "step_size" not in problem.options)
+
+
+def _can_compile(settings: Settings) -> bool:
+    able = settings.backend in ("auto", "cpu") and settings.gradient in ("auto", "discrete")
+    return able and fused.can_compile()
+
+
+def _compiled(
+    mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, columns: int
+) -> tuple[Tensor, SolveStats]:
+    """A solve as one node of a graph that torch.compile traces. Its counts are not known."""
+    options = tuple((settings.options or {}).items())
+    by_row = settings.step_control == "sample"
+    recipe = (settings.rtol, settings.atol, settings.method, options, by_row)
+    return fused.compiled(mlp, x, t, columns, recipe), SolveStats("cpu", settings.method or "")
 
 
 def odeint_event(
@@ -484,16 +487,18 @@ def explain(
     """Which path `odeint` would take with these arguments, and why not a faster one. No solve."""
     known = {"rtol", "atol", "event_fn", "return_stats"}
     _refuse_unknown("explain", {name: x for name, x in kwargs.items() if name not in known})
-    tolerances = {name: kwargs[name] for name in ("rtol", "atol") if name in kwargs}
-    problem = make_problem(
-        func, y0, t, method=method, options=options, event_fn=kwargs.get("event_fn"), **tolerances
+    settings = Settings(
+        kwargs.get("rtol", 1e-7),
+        kwargs.get("atol", 1e-9),
+        method,
+        options,
+        kwargs.get("event_fn"),
+        backend,
+        step_control,
+        gradient,
     )
-    plan = choose(
-        problem,
-        backend=backend,
-        gradient=gradient,
-        step_control=step_control,
-    )
+    problem = settings.problem(func, y0, t, warn=True)
+    plan = settings.plan(problem)
     return describe(problem, plan)
 
 
@@ -512,9 +517,8 @@ def _run(
     plan: Plan,
     params: list[Tensor] | None,
     backward: adjoint.AdjointOptions,
-    return_stats: bool,
-) -> Any:
-    """Carries out a plan."""
+) -> tuple[Any, SolveStats]:
+    """Carries out a plan on the reference path."""
     stats = SolveStats(backend=plan.backend, method=problem.method)
     event_time: float | None = None
     if plan.gradient == "autograd" or not torch.is_grad_enabled():
@@ -526,7 +530,7 @@ def _run(
     if event_time is not None:
         at = problem.field.user_time(event_time)
         result = (torch.as_tensor(at, dtype=problem.t.dtype, device=problem.t.device), state)
-    return (result, stats) if return_stats else result
+    return result, stats
 
 
 def _solve(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -459,10 +460,9 @@ def _check_options(
     kept = {name: value for name, value in given.items() if name in known and value is not None}
     unknown = [name for name in given if name not in known]
     if unknown and warn:
-        warnings.warn(
+        _warn(
             f"{method}: unexpected options are ignored: "
-            + ", ".join(_describe_unknown(name, family) for name in unknown),
-            stacklevel=4,
+            + ", ".join(_describe_unknown(name, family) for name in unknown)
         )
     for name in _POSITIVE:
         if name in kept:
@@ -509,12 +509,19 @@ def _check_options(
         {"step_size", "grid_constructor"} & set(kept)
     )
     if on_output_times and num_times == 2 and not event_fn and warn:
-        warnings.warn(
+        _warn(
             f"{method}: without the option step_size it takes one single step from t[0] to t[1]. "
-            "Give options=dict(step_size=...) or more output times.",
-            stacklevel=4,
+            "Give options=dict(step_size=...) or more output times."
         )
     return kept
+
+
+def _warn(message: str) -> None:
+    """A warning that points at the line which called the package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("anode_fast."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _describe_unknown(name: str, family: str) -> str:

@@ -41,15 +41,15 @@ def times(*values):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The keyword arguments and times of every call of odeint that the block makes."""
+    """The keyword arguments and times of every solve that the block makes."""
     calls = []
-    real = anode_fast.block.odeint
+    real = anode_fast.block.solve
 
-    def spy(func, y0, t, **kw):
-        calls.append({"func": func, "t": t, **kw})
-        return real(func, y0, t, **kw)
+    def spy(func, x, t, settings, columns):
+        calls.append({"func": func, "t": t, **dataclasses.asdict(settings)})
+        return real(func, x, t, settings, columns)
 
-    monkeypatch.setattr(anode_fast.block, "odeint", spy)
+    monkeypatch.setattr(anode_fast.block, "solve", spy)
     return calls
 
 

@@ -67,16 +67,17 @@ class Turns:
 
     @staticmethod
     def _warm_up(rival: Rival, seconds: float) -> float:
-        """Seconds of the fastest of a few runs, after a first one, which loads and allocates."""
+        """Mean seconds of a few runs, after a first one, which loads and allocates.
+
+        The mean: on a machine that is busy some runs take far longer, and so will later ones.
+        """
         _get_ready(rival)
         rival()
         end = time.perf_counter() + seconds / 4
-        fastest = timed(rival)
-        for _ in range(WARMUP - 2):
-            if time.perf_counter() > end:
-                break
-            fastest = min(fastest, timed(rival))
-        return fastest
+        runs = [timed(rival)]
+        while len(runs) < WARMUP and time.perf_counter() < end:
+            runs.append(timed(rival))
+        return statistics.fmean(runs)
 
 
 def timed(rival: Rival) -> float:

@@ -7,7 +7,7 @@ sizes with the library's.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -131,7 +131,7 @@ class Checkpoints:
 
     __slots__ = ("_free", "address")
 
-    def __init__(self, address: int, free: ctypes._CFunctionType) -> None:
+    def __init__(self, address: int, free: Callable[[int], None]) -> None:
         self.address = address
         self._free = free
 

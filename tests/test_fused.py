@@ -1,0 +1,296 @@
+"""Solves by the CPU kernels: values, gradients and counts against the reference path.
+
+Steps that the solver chooses follow from error estimates, and rounding moves them. So values are
+compared to rounding where the steps are given, and where they are chosen, steps are counted and
+errors compared.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from torch import nn
+
+from anode_fast import AugODEBlock, MLPField, odeint, odeint_adjoint
+from anode_fast.kernels.cpu import library
+from anode_fast.kernels.cpu import solve as kernels
+from anode_fast.problem import ADAPTIVE, FAMILIES, FIXED
+from anode_fast.spec import ACTIVATIONS
+from anode_fast.stats import Status
+from anode_fast.tableau import TABLEAUS
+from tests.helpers import assert_no_worse
+
+if library.load() is None:
+    pytest.skip(library.missing(), allow_module_level=True)
+
+f32, f64 = torch.float32, torch.float64
+ROOT = Path(__file__).parents[1]
+ADAPTIVE_METHODS = [name for name, family in FAMILIES.items() if family == ADAPTIVE]
+FIXED_METHODS = [name for name, family in FAMILIES.items() if family == FIXED]
+BATCHES = [0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130, 200]
+CONTROLS = ["batch", "sample"]
+
+both_dtypes = pytest.mark.parametrize("dtype", [f32, f64], ids=["float32", "float64"])
+both_controls = pytest.mark.parametrize("control", CONTROLS)
+one_step = pytest.mark.filterwarnings("ignore:.*it takes one single step")
+
+
+def times(*values, dtype=f64):
+    return torch.tensor(values, dtype=dtype)
+
+
+# --- random calls ---------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "contiguous": lambda x: (x, lambda leaf: leaf),
+    "sliced": lambda x: (torch.cat([x, x, x], 1), lambda leaf: leaf[:, x.shape[1] : -x.shape[1]]),
+    "transposed": lambda x: (x.t().contiguous(), lambda leaf: leaf.t()),
+    "every other row": lambda x: (x.repeat_interleave(2, 0), lambda leaf: leaf[::2]),
+    "every other column": lambda x: (x.repeat_interleave(2, 1), lambda leaf: leaf[:, ::2]),
+    "expanded row": lambda x: (x[:1].clone(), lambda leaf: leaf.expand(x.shape)),
+    "expanded column": lambda x: (x[:, :1].clone(), lambda leaf: leaf.expand(x.shape)),
+}
+"""From x a leaf, and what makes the state of the leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A field, a state and times. Equal in every dtype but for rounding."""
+
+    dim: int
+    hidden: int
+    layers: int
+    activation: str
+    time_dependent: bool
+    batch: int
+    columns: int
+    layout: str
+    t: tuple[float, ...]
+    t_dtype: torch.dtype
+    seed: int
+
+    def weights(self):
+        """Random ones, for a field whose values and slopes are of order 1."""
+        generator = torch.Generator().manual_seed(self.seed)
+        field = MLPField(
+            self.dim, self.hidden, num_hidden=self.layers, time_dependent=self.time_dependent
+        )
+        return [
+            torch.randn(p.shape, generator=generator, dtype=f64)
+            * (1.3 / math.sqrt(p.shape[1]) if p.dim() == 2 else 0.5)
+            for p in field.parameters()
+        ]
+
+    def field(self, weights, dtype):
+        field = MLPField(
+            self.dim,
+            self.hidden,
+            num_hidden=self.layers,
+            activation=self.activation,
+            time_dependent=self.time_dependent,
+        ).to(dtype)
+        with torch.no_grad():
+            for p, value in zip(field.parameters(), weights, strict=True):
+                p.copy_(value)
+        return field
+
+    def random(self, *shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=f64)
+
+
+@st.composite
+def cases(draw):
+    dim = draw(st.integers(1, 20))
+    # Multiples of 2^-10: exact in float32. Spread, or several in one step.
+    ticks = draw(st.lists(st.integers(0, draw(st.sampled_from([1000, 12]))), min_size=2, max_size=8, unique=True))
+    start = draw(st.sampled_from([0, -300, 512]))
+    t = tuple((start + tick) / 1024 for tick in sorted(ticks, reverse=draw(st.booleans())))
+    return Case(
+        dim=dim,
+        hidden=draw(st.integers(1, 70)),
+        layers=draw(st.integers(1, 4)),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        time_dependent=draw(st.booleans()),
+        batch=draw(st.sampled_from(BATCHES)),
+        columns=draw(st.integers(0, min(5, dim - 1))),
+        layout=draw(st.sampled_from(list(LAYOUTS))),
+        t=t,
+        t_dtype=draw(st.sampled_from([f32, f64])),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+def permutations(case, seed):
+    """An order of the units of each hidden layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(case.hidden, generator=generator) for _ in range(case.layers)]
+
+
+def permuted(tensors, orders):
+    """The weights, or their gradients, of the same field with its hidden units in other orders."""
+    tensors = list(tensors)
+    for layer, order in enumerate(orders):
+        weight, bias, following = tensors[2 * layer : 2 * layer + 3]
+        tensors[2 * layer : 2 * layer + 3] = weight[order], bias[order], following[:, order]
+    return tensors
+
+
+def solved(case, dtype, backend, orders=(), **given):
+    """Solution and gradients of a random functional of it by name, and the stats.
+
+    `orders` permutes the hidden units: the same function with other rounding errors.
+    """
+    field = case.field(permuted(case.weights(), orders), dtype)
+    x = case.random(case.batch, case.dim - case.columns).to(dtype)
+    leaf, state_of = LAYOUTS[case.layout](x) if case.batch else LAYOUTS["contiguous"](x)
+    x = state_of(leaf.requires_grad_())
+    t = times(*case.t, dtype=case.t_dtype)
+    gradient = "discrete" if backend == "cpu" else "autograd"
+    given |= dict(backend=backend, gradient=gradient)
+    with contextlib.ExitStack() as stack:
+        if backend == "cpu":
+            stack.enter_context(poisoned())
+        if case.columns:
+            block = AugODEBlock(field, case.columns, t=(case.t[0], case.t[-1]), **given)
+            y = block(x, eval_times=t)
+            stats = block.stats
+        else:
+            y, stats = odeint(field, x, t, return_stats=True, **given)
+        assert stats.backend == backend
+        cotangent = case.random(*y.shape).to(dtype)
+        wanted = [leaf, *field.parameters()]
+        grads = torch.autograd.grad(y, wanted, cotangent, materialize_grads=True)
+    inverse = [order.argsort() for order in orders]
+    names = ["d_x", *(f"d_{name}" for name, _ in field.named_parameters())]
+    grads = [grads[0], *permuted(grads[1:], inverse)]
+    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}, stats
+
+
+@contextlib.contextmanager
+def poisoned():
+    """The tensors that the kernels are to fill hold nan first. Gives how many there were."""
+    count = [0]
+
+    def filled(make):
+        @functools.wraps(make)
+        def poisoning(*args, **kwargs):
+            count[0] += 1
+            return make(*args, **kwargs).fill_(math.nan)
+
+        return poisoning
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, filled(getattr(owner, name)))
+        yield count
+
+
+def has_kinks(case, dtype):
+    """Whether rounding may put a unit on the other side of a kink, where the slope jumps."""
+    return case.activation == "relu" and dtype == f32
+
+
+def compare(case, dtype, got, ref, exact):
+    for name in got:
+        if name != "y" and has_kinks(case, dtype):
+            continue
+        if got[name].numel():
+            assert_no_worse(got[name], ref[name], exact[name], name)
+        else:
+            assert (got[name].shape, got[name].dtype) == (ref[name].shape, ref[name].dtype)
+
+
+def every_case(examples):
+    def decorate(test):
+        settings = hypothesis.settings(max_examples=examples)
+        return settings(hypothesis.given(case=cases(), data=st.data())(test))
+
+    return decorate
+
+
+# --- values and gradients -------------------------------------------------------------------------
+
+
+def compare_given_steps(case, dtype, **given):
+    got, got_stats = solved(case, dtype, "cpu", **given)
+    ref, ref_stats = solved(case, dtype, "reference", **given)
+    exact, _ = solved(case, f64, "reference", permutations(case, 1), **given)
+    assert (got_stats.nfe, got_stats.accepted, got_stats.rejected) == (
+        ref_stats.nfe,
+        ref_stats.accepted,
+        ref_stats.rejected,
+    )
+    compare(case, dtype, got, ref, exact)
+
+
+@one_step
+@both_dtypes
+@pytest.mark.parametrize("method", FIXED_METHODS)
+@every_case(10)
+def test_fixed_steps(method, dtype, case, data):
+    options = {"interp": data.draw(st.sampled_from(["linear", "cubic"]))}
+    if data.draw(st.booleans()):
+        options["step_size"] = data.draw(st.sampled_from([0.03, 0.1, 0.3]))
+    compare_given_steps(case, dtype, method=method, options=options)
+
+
+@both_dtypes
+@both_controls
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@every_case(6)
+def test_adaptive_methods_with_given_steps(method, control, dtype, case, data):
+    h = data.draw(st.sampled_from([0.03, 0.1, 0.4]))
+    options = {"first_step": h, "min_step": h, "max_step": h}
+    compare_given_steps(case, dtype, method=method, options=options, step_control=control)
+
+
+def assert_same_counts(stats, ref, others, method, options):
+    """Equal, if the references agree: rounding decides about a step whose error is about 1."""
+    counts = [(s.accepted, s.rejected) for s in (ref, *others)]
+    if len(set(counts)) > 1:
+        hypothesis.event("the references take different steps")
+        return False
+    assert (stats.accepted, stats.rejected) == counts[0]
+    first = 1 if "first_step" in options else 2
+    assert stats.nfe == first + sum(counts[0]) * (TABLEAUS[method].stages - 1)
+    # After many rejections the reference looks whether the field is deterministic.
+    assert ref.nfe - stats.nfe in ((0, 2) if ref.rejected >= 8 else (0,))
+    return True
+
+
+@both_dtypes
+@both_controls
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@every_case(6)
+def test_chosen_steps(method, control, dtype, case, data):
+    finest = {f32: 4, f64: 7 if TABLEAUS[method].order < 4 else 10}[dtype]
+    tolerances = dict(
+        rtol=10 ** -data.draw(st.floats(2, finest)), atol=10 ** -data.draw(st.floats(2, finest))
+    )
+    # A small error is a matter of rounding. How small it can be and matter, ifactor says.
+    order = TABLEAUS[method].order
+    smallest = min(tolerances.values()) * (0.9 / 10) ** order
+    options = {} if smallest > 1000 * torch.finfo(dtype).eps else {"ifactor": 2.0}
+    if data.draw(st.booleans()):
+        options["first_step"] = data.draw(st.sampled_from([0.01, 0.3]))
+    given = dict(method=method, options=options, step_control=control, **tolerances)
+    got, stats = solved(case, dtype, "cpu", **given)
+    ref, ref_stats = solved(case, dtype, "reference", **given)
+    orders = permutations(case, 1)
+    others = [solved(case, dtype, "reference", orders, **given)[1]]
+    if dtype == f32:
+        others.append(solved(case, f64, "reference", **given)[1])
+    if assert_same_counts(stats, ref_stats, others, method, options):
+        exact, _ = solved(case, f64, "reference", method="dopri8", rtol=1e-12, atol=1e-12)
+        compare(case, dtype, got, ref, exact)
