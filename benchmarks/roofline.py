@@ -4,8 +4,8 @@ FLOPs are those of the field's matrix products, two to a multiply-add, from the 
 the evaluations made. Time's weights go into the bias, once for the batch, and are not counted, nor
 are activations and the sums of the Runge-Kutta method. A gradient takes, for each evaluation that
 the solution depends on, as much again for the gradient of its input and for that of its weights.
-"needed" counts these and the forward evaluations. The discrete gradient keeps states alone and
-makes those evaluations again: "executed" counts that as well. Times are medians and include the
+"needed" counts these and the forward evaluations. The discrete gradient makes some or all of those
+evaluations again, to save memory: "executed" counts that as well. Times are medians and include the
 call from Python.
 """
 
@@ -124,18 +124,22 @@ class Flops:
     executed: int
 
 
-def solve_flops(spec: MLPSpec, batch: int, nfe: int, nfe_backward: int) -> Flops:
-    """FLOPs of a solve, with its discrete gradient if nfe_backward is not 0.
+def solve_flops(
+    spec: MLPSpec, batch: int, nfe: int, *, differentiated: int = 0, nfe_backward: int = 0
+) -> Flops:
+    """FLOPs of a solve, and of its gradient.
 
     Args:
         spec: The field.
         batch: Rows.
         nfe: Evaluations forward.
-        nfe_backward: Evaluations made again in the backward pass; it differentiates each of them
-            with respect to input and weights.
+        differentiated: Evaluations that the solution depends on, if there is a gradient: each is
+            differentiated with respect to its input and the weights.
+        nfe_backward: Evaluations made again for that.
     """
     one = batch * field_flops(spec)
-    return Flops(needed=one * (nfe + 2 * nfe_backward), executed=one * (nfe + 3 * nfe_backward))
+    needed = one * (nfe + 2 * differentiated)
+    return Flops(needed, needed + one * nfe_backward)
 
 
 # ---- measuring
@@ -186,8 +190,16 @@ def measure(batch: int, width: int, dtype: torch.dtype, gradient: bool, seconds:
             start = time.perf_counter()
             solve()
             runs.append(time.perf_counter() - start)
-    flops = solve_flops(field.spec(), batch, stats.nfe, stats.nfe_backward)
     counts = stats.nfe, stats.nfe_backward
+    # Of dopri5: the first, and six of each accepted step; its last is the next step's first.
+    differentiated = 1 + 6 * stats.accepted if gradient else 0
+    flops = solve_flops(
+        field.spec(),
+        batch,
+        stats.nfe,
+        differentiated=differentiated,
+        nfe_backward=stats.nfe_backward,
+    )
     return Measured(batch, width, gradient, stats.backend, *counts, median(runs), flops)
 
 
@@ -241,9 +253,10 @@ def table(dtype: str, peak: float, results: list[Measured]) -> Table:
         title=f"{dtype}: a core's peak is {peak / 1e9:.0f} GFLOP/s; backend "
         + ", ".join(sorted({one.backend for one in results})),
         title_justify="left",
-        box=box.SIMPLE_HEAD,  # fits into 80 columns
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # fits into 80 columns
     )
-    result.add_column("solve")
+    result.add_column("solve", no_wrap=True)
     for heading in ("width", "batch", "NFE", "ms", "needed", "executed", "target"):
         result.add_column(heading, justify="right", no_wrap=True)
     for one, following in zip(results, [*results[1:], results[-1]], strict=True):

@@ -13,7 +13,8 @@ import torchdiffeq
 from rich.console import Console
 from torch import nn
 
-from anode_fast import ODENet
+import anode_fast
+from anode_fast import MLPField, ODENet
 from anode_fast.spec import MLPSpec
 from benchmarks import roofline
 from benchmarks.__main__ import main
@@ -474,18 +475,36 @@ def test_flops_of_a_field(spec, flops):
 
 def test_flops_of_a_solve():
     spec = MLPSpec(3, (4,))
-    forward = roofline.solve_flops(spec, batch=10, nfe=14, nfe_backward=0)
+    forward = roofline.solve_flops(spec, 10, 14)
     assert forward.needed == forward.executed == 10 * 48 * 14
-    both = roofline.solve_flops(spec, batch=10, nfe=14, nfe_backward=13)
-    assert both.needed == 10 * 48 * (14 + 2 * 13)  # gradients of input and weights
-    assert both.executed == both.needed + 10 * 48 * 13  # each evaluated again
+    both = roofline.solve_flops(spec, 10, 14, differentiated=13, nfe_backward=5)
+    assert both.needed == 10 * 48 * (14 + 13 + 13)  # gradients of input and weights
+    assert both.executed == 10 * 48 * (14 + 13 + 13 + 5)
 
 
-def test_roofline_takes_flops_from_the_evaluations_that_were_made():
-    one = roofline.measure(4, 8, torch.float64, gradient=True, seconds=0)
-    assert (one.batch, one.width, one.nfe > 2, one.nfe_backward > 0) == (4, 8, True, True)
-    spec = MLPSpec(7, (8, 8))
-    assert one.flops == roofline.solve_flops(spec, 4, one.nfe, one.nfe_backward)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_roofline_takes_flops_from_the_evaluations_that_were_made(gradient):
+    one = roofline.measure(4, 8, torch.float64, gradient=gradient, seconds=0)
+    assert (one.batch, one.width, one.gradient) == (4, 8, gradient)
+    torch.manual_seed(0)
+    field, y0 = MLPField(7, 8).double(), torch.randn(4, 7, dtype=torch.float64)
+    solution, stats = anode_fast.odeint(
+        field,
+        y0,
+        torch.tensor([0.0, 1.0]),
+        rtol=1e-3,
+        atol=1e-3,
+        backend="reference",
+        gradient="discrete",
+        return_stats=True,
+    )
+    if gradient:
+        solution[-1].sum().backward()
+    # The reference makes every evaluation again that the solution depends on.
+    flops = 4 * roofline.field_flops(field.spec())
+    assert one.nfe == stats.nfe
+    assert one.flops.needed == flops * (stats.nfe + 2 * stats.nfe_backward)
+    assert one.flops.executed == one.flops.needed + flops * one.nfe_backward
     assert 0 < one.seconds < 10
 
 

@@ -131,33 +131,25 @@ def cases(draw):
     )
 
 
-def permutations(case, seed):
-    """An order of the units of each hidden layer."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randperm(case.hidden, generator=generator) for _ in range(case.layers)]
+def scaled(case, tensors, scale):
+    """The weights of the field for z = scale * y; their gradients, with its inverse, of that for y."""
+    first, *inner, weight, bias = tensors
+    lead = first[:, : case.time_dependent]
+    return [torch.cat([lead, first[:, case.time_dependent :] / scale], 1), *inner, scale * weight, scale * bias]
 
 
-def permuted(tensors, orders):
-    """The weights, or their gradients, of the same field with its hidden units in other orders."""
-    tensors = list(tensors)
-    for layer, order in enumerate(orders):
-        weight, bias, following = tensors[2 * layer : 2 * layer + 3]
-        tensors[2 * layer : 2 * layer + 3] = weight[order], bias[order], following[:, order]
-    return tensors
-
-
-def solved(case, dtype, backend, orders=(), **given):
+def solved(case, dtype, backend, scale=1, **given):
     """Solution and gradients of a random functional of it by name, and the stats.
 
-    `orders` permutes the hidden units: the same function with other rounding errors.
+    It solves for `scale` times the state: the same with other rounding errors.
     """
-    field = case.field(permuted(case.weights(), orders), dtype)
-    x = case.random(case.batch, case.dim - case.columns).to(dtype)
+    field = case.field(scaled(case, case.weights(), scale), dtype)
+    x = scale * case.random(case.batch, case.dim - case.columns).to(dtype)
     leaf, state_of = LAYOUTS[case.layout](x) if case.batch else LAYOUTS["contiguous"](x)
     x = state_of(leaf.requires_grad_())
     t = times(*case.t, dtype=case.t_dtype)
     gradient = "discrete" if backend == "cpu" else "autograd"
-    given |= dict(backend=backend, gradient=gradient)
+    given |= dict(backend=backend, gradient=gradient, atol=scale * given.get("atol", 1e-3))
     with contextlib.ExitStack() as stack:
         if backend == "cpu":
             stack.enter_context(poisoned())
@@ -168,13 +160,12 @@ def solved(case, dtype, backend, orders=(), **given):
         else:
             y, stats = odeint(field, x, t, return_stats=True, **given)
         assert stats.backend == backend
-        cotangent = case.random(*y.shape).to(dtype)
+        cotangent = case.random(*y.shape).to(dtype) / scale
         wanted = [leaf, *field.parameters()]
         grads = torch.autograd.grad(y, wanted, cotangent, materialize_grads=True)
-    inverse = [order.argsort() for order in orders]
-    names = ["d_x", *(f"d_{name}" for name, _ in field.named_parameters())]
-    grads = [grads[0], *permuted(grads[1:], inverse)]
-    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}, stats
+    names = ["y", "d_x", *(f"d_{name}" for name, _ in field.named_parameters())]
+    found = y.detach() / scale, scale * grads[0], *scaled(case, grads[1:], scale)
+    return dict(zip(names, found, strict=True)), stats
 
 
 @contextlib.contextmanager
@@ -213,7 +204,7 @@ def compare(case, dtype, got, ref, exact):
 
 def every_case(examples):
     def decorate(test):
-        settings = hypothesis.settings(max_examples=examples)
+        settings = hypothesis.settings(max_examples=examples, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
         return settings(hypothesis.given(case=cases(), data=st.data())(test))
 
     return decorate
@@ -225,7 +216,7 @@ def every_case(examples):
 def compare_given_steps(case, dtype, **given):
     got, got_stats = solved(case, dtype, "cpu", **given)
     ref, ref_stats = solved(case, dtype, "reference", **given)
-    exact, _ = solved(case, f64, "reference", permutations(case, 1), **given)
+    exact, _ = solved(case, f64, "reference", scale=3, **given)
     assert (got_stats.nfe, got_stats.accepted, got_stats.rejected) == (
         ref_stats.nfe,
         ref_stats.accepted,
@@ -255,17 +246,16 @@ def test_adaptive_methods_with_given_steps(method, control, dtype, case, data):
     compare_given_steps(case, dtype, method=method, options=options, step_control=control)
 
 
-def assert_same_counts(stats, ref, others, method, options):
+def assert_same_counts(stats, ref, others, control):
     """Equal, if the references agree: rounding decides about a step whose error is about 1."""
     counts = [(s.accepted, s.rejected) for s in (ref, *others)]
     if len(set(counts)) > 1:
         hypothesis.event("the references take different steps")
         return False
     assert (stats.accepted, stats.rejected) == counts[0]
-    first = 1 if "first_step" in options else 2
-    assert stats.nfe == first + sum(counts[0]) * (TABLEAUS[method].stages - 1)
     # After many rejections the reference looks whether the field is deterministic.
-    assert ref.nfe - stats.nfe in ((0, 2) if ref.rejected >= 8 else (0,))
+    looked = control == "batch" and ref.rejected >= 8
+    assert ref.nfe - stats.nfe in ((0, 2) if looked else (0,))
     return True
 
 
@@ -274,12 +264,12 @@ def assert_same_counts(stats, ref, others, method, options):
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 @every_case(6)
 def test_chosen_steps(method, control, dtype, case, data):
-    finest = {f32: 4, f64: 7 if TABLEAUS[method].order < 4 else 10}[dtype]
+    order = TABLEAUS[method].order
+    finest = min({f32: 4, f64: 10}[dtype], 2 * order)  # or it takes too many steps
     tolerances = dict(
         rtol=10 ** -data.draw(st.floats(2, finest)), atol=10 ** -data.draw(st.floats(2, finest))
     )
     # A small error is a matter of rounding. How small it can be and matter, ifactor says.
-    order = TABLEAUS[method].order
     smallest = min(tolerances.values()) * (0.9 / 10) ** order
     options = {} if smallest > 1000 * torch.finfo(dtype).eps else {"ifactor": 2.0}
     if data.draw(st.booleans()):
@@ -287,10 +277,9 @@ def test_chosen_steps(method, control, dtype, case, data):
     given = dict(method=method, options=options, step_control=control, **tolerances)
     got, stats = solved(case, dtype, "cpu", **given)
     ref, ref_stats = solved(case, dtype, "reference", **given)
-    orders = permutations(case, 1)
-    others = [solved(case, dtype, "reference", orders, **given)[1]]
+    others = [solved(case, dtype, "reference", scale, **given)[1] for scale in (3, 5)]
     if dtype == f32:
         others.append(solved(case, f64, "reference", **given)[1])
-    if assert_same_counts(stats, ref_stats, others, method, options):
+    if assert_same_counts(stats, ref_stats, others, control):
         exact, _ = solved(case, f64, "reference", method="dopri8", rtol=1e-12, atol=1e-12)
         compare(case, dtype, got, ref, exact)

@@ -8,6 +8,7 @@
 #include "adjoint.hpp"
 #include "continuous.hpp"
 #include "mlp.hpp"
+#include "peak.hpp"
 #include "runge_kutta.hpp"
 
 #define ANODE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -16,7 +17,7 @@ namespace anode {
 namespace {
 
 // Raised whenever a struct or a function below changes; ABI_VERSION in library.py is the same.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 // What stays the same from call to call.
 struct Plan {
@@ -101,33 +102,54 @@ ANODE_EXPORT void anode_set_thread_pool(void* parallel_for, void* num_threads) {
   thread_pool.num_threads = reinterpret_cast<decltype(thread_pool.num_threads)>(num_threads);
 }
 
+// The two functions below take their arguments as one block of 8-byte words: a struct and, behind
+// it, arrays. Through ctypes every argument of its own would cost as much as a small evaluation.
+
+// Behind it: the parameters' addresses, the times, the grid.
+struct SolveArguments {
+  const Plan* plan;
+  std::int64_t rows;
+  const void* x;
+  std::int64_t x_stride;
+  void* out;
+  std::int64_t keep_trace;
+  Result* result;
+  std::int64_t num_times;
+  std::int64_t num_grid;
+};
+
 // Solves; returns the checkpoints if `keep_trace`, to be freed by anode_free.
-ANODE_EXPORT void* anode_solve(const Plan* plan, std::int64_t rows, const void* x,
-                               std::int64_t x_stride, const void* const* parameters,
-                               const double* times, std::int64_t num_times, const double* grid,
-                               std::int64_t num_grid, void* out, int keep_trace, Result* result) {
-  return guarded(*result, [&]() -> void* {
-    if (plan->is_double) {
-      const Call<double> call{rows, static_cast<const double*>(x), x_stride, times, num_times,
-                              grid, num_grid, static_cast<double*>(out)};
-      return solve(*plan, call, parameters, keep_trace, *result);
-    }
-    const Call<float> call{rows, static_cast<const float*>(x), x_stride, times, num_times,
-                           grid, num_grid, static_cast<float*>(out)};
-    return solve(*plan, call, parameters, keep_trace, *result);
-  });
+ANODE_EXPORT void* anode_solve(const SolveArguments* a) {
+  const auto* parameters = reinterpret_cast<const void* const*>(a + 1);
+  const auto* times = reinterpret_cast<const double*>(parameters + 2 * a->plan->field.layers());
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    const Call<T> call{a->rows, static_cast<const T*>(a->x), a->x_stride,
+                       times,   a->num_times,                times + a->num_times,
+                       a->num_grid, static_cast<T*>(a->out)};
+    return solve(*a->plan, call, parameters, a->keep_trace, *a->result);
+  };
+  return guarded(*a->result, [&] { return a->plan->is_double ? run(0.0) : run(0.0f); });
 }
 
-// The exact gradient of a solve; x_grad and parameter_grads may be null.
-ANODE_EXPORT void anode_discrete_gradient(const Plan* plan, const void* trace,
-                                          const void* const* parameters, const void* grad,
-                                          void* x_grad, void* const* parameter_grads,
-                                          Result* result) {
-  guarded(*result, [&] {
-    const auto* any = static_cast<const AnyTrace*>(trace);
-    const auto gradient = plan->is_double ? discrete_gradient<double> : discrete_gradient<float>;
-    gradient(*plan, any, parameters, grad, x_grad, parameter_grads, *result);
-  });
+// Behind it: the parameters' addresses and, if they are wanted, those of their gradients.
+struct DiscreteGradientArguments {
+  const Plan* plan;
+  const AnyTrace* trace;
+  const void* grad;
+  void* x_grad;  // may be null
+  Result* result;
+  std::int64_t wants_parameters;
+};
+
+// The exact gradient of a solve.
+ANODE_EXPORT void anode_discrete_gradient(const DiscreteGradientArguments* a) {
+  const auto* parameters = reinterpret_cast<void* const*>(a + 1);
+  const std::int64_t count = 2 * a->plan->field.layers();
+  void* const* grads = a->wants_parameters ? parameters + count : nullptr;
+  auto run = a->plan->is_double ? discrete_gradient<double> : discrete_gradient<float>;
+  guarded(*a->result,
+          [&] { run(*a->plan, a->trace, parameters, a->grad, a->x_grad, grads, *a->result); });
 }
 
 // The gradient of a solve by the adjoint ODE; see AdjointCall. `plan` says how that is solved.
@@ -155,3 +177,8 @@ ANODE_EXPORT void anode_continuous_gradient(const Plan* plan, std::int64_t rows,
 }
 
 ANODE_EXPORT void anode_free(void* trace) { delete static_cast<AnyTrace*>(trace); }
+
+// Floating point operations per second of one core's multiply-add units, measured for `seconds`.
+ANODE_EXPORT double anode_peak_flops(int is_double, double seconds) {
+  return is_double ? peak_flops<double>(seconds) : peak_flops<float>(seconds);
+}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1  # api.cpp: anode_abi_version. Raise both when an exported function changes.
+ABI_VERSION = 2  # api.cpp: anode_abi_version. Raise both when an exported function changes.
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")  # best first
 FORCE = "ANODE_FAST_ISA"  # environment: the one instruction set to use
 
@@ -109,15 +109,9 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     functions = {
         "anode_set_thread_pool": (None, [pointer] * 2),
-        "anode_solve": (
-            pointer,
-            # plan, rows, x, its stride, parameters
-            [pointer, size, pointer, size, pointer]
-            # times, grid, out, keep, result
-            + [pointer, size, pointer, size, pointer, ctypes.c_int, pointer],
-        ),
-        # plan, checkpoints, parameters, grad, gradients of x and parameters, result
-        "anode_discrete_gradient": (None, [pointer] * 7),
+        # blocks of arguments: see api.cpp
+        "anode_solve": (pointer, [ctypes.c_char_p]),
+        "anode_discrete_gradient": (None, [ctypes.c_char_p]),
         "anode_continuous_gradient": (
             None,
             # plan, rows, parameters, times, grid, solution, grad
@@ -126,6 +120,7 @@ def _declare(library: ctypes.CDLL) -> None:
             + [ctypes.c_int, pointer, pointer, pointer],
         ),
         "anode_free": (None, [pointer]),
+        "anode_peak_flops": (ctypes.c_double, [ctypes.c_int, ctypes.c_double]),
     }
     for name, (result, arguments) in functions.items():
         function = getattr(library, name)

@@ -7,6 +7,8 @@ sizes with the library's.
 from __future__ import annotations
 
 import ctypes
+import functools
+import struct
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -126,6 +128,12 @@ class Field:
     time_dependent: bool
 
 
+@functools.lru_cache(maxsize=256)
+def _packer(integers: int, floats: int = 0) -> Callable[..., bytes]:
+    """What makes a block of arguments: so many integers or addresses, then so many floats."""
+    return struct.Struct(f"={integers}q{floats}d").pack
+
+
 class Checkpoints:
     """What a solve keeps for its gradient. The memory belongs to the library and ends with this."""
 
@@ -188,7 +196,8 @@ class Solve:
             tableau.interpolant[i] = (c_double * 4)(*method.interpolant[i])
         self._plan = plan
         self._address = ctypes.addressof(plan)
-        self._pointers = c_void_p * (2 * hidden + 2)
+        self._tensors = 2 * hidden + 2
+        self._pointers = c_void_p * self._tensors
         self._solve = library.anode_solve
         self._discrete_gradient = library.anode_discrete_gradient
         self._continuous_gradient = library.anode_continuous_gradient
@@ -215,23 +224,24 @@ class Solve:
             The solution [times, rows, dim], counts and outcome, and the checkpoints, None if not
             asked for or if the solve failed.
         """
-        rows, n = x.shape[0], len(times)
+        rows, n, m = x.shape[0], len(times), len(grid)
         out = x.new_empty((n, rows, self.dim))
         result = Result()
-        address = self._solve(
+        arguments = _packer(9 + self._tensors, n + m)(
             self._address,
             rows,
             x.data_ptr(),
             x.stride(0),
-            self._pointers(*[p.data_ptr() for p in parameters]),
-            (c_double * n)(*times),
-            n,
-            (c_double * len(grid))(*grid) if grid else None,
-            len(grid),
             out.data_ptr(),
             keep,
-            ctypes.byref(result),
+            ctypes.addressof(result),
+            n,
+            m,
+            *[p.data_ptr() for p in parameters],
+            *times,
+            *grid,
         )
+        address = self._solve(arguments)
         return out, result, Checkpoints(address, self._free) if address else None
 
     def discrete_gradient(
@@ -257,15 +267,17 @@ class Solve:
         x_grad = None if x is None else torch.empty(x.shape, dtype=self.dtype)
         grads = [torch.empty_like(p) for p in parameters] if wanted else []
         result = Result()
-        self._discrete_gradient(
+        arguments = _packer(6 + self._tensors + len(grads))(
             self._address,
             checkpoints.address,
-            self._pointers(*[p.data_ptr() for p in parameters]),
             grad.data_ptr(),
-            None if x_grad is None else x_grad.data_ptr(),
-            self._pointers(*[p.data_ptr() for p in grads]) if wanted else None,
-            ctypes.byref(result),
+            0 if x_grad is None else x_grad.data_ptr(),
+            ctypes.addressof(result),
+            wanted,
+            *[p.data_ptr() for p in parameters],
+            *[p.data_ptr() for p in grads],
         )
+        self._discrete_gradient(arguments)
         return x_grad, grads, result
 
     def continuous_gradient(
