@@ -8,11 +8,13 @@ to the kernels without being taken apart again: that would cost more than the so
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
+import itertools
 import math
 import operator
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,11 +24,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from anode_fast import failures, reference
+from anode_fast.adjoint import AdjointOptions
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
 from anode_fast.problem import (
     ADAPTIVE,
     DEFAULT_MAX_STEPS,
+    FAMILIES,
     FIXED,
     Problem,
     make_problem,
@@ -37,7 +41,11 @@ from anode_fast.stats import SolveStats, Status
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 
 _PLAIN = (Tensor, nn.Parameter)
-_CALLBACKS = frozenset({"callback_step", "callback_accept_step", "callback_reject_step"})
+_CALLBACKS = frozenset(
+    f"callback_{name}{of}"
+    for name in ("step", "accept_step", "reject_step")
+    for of in ("", "_adjoint")
+)
 
 
 class MLP(Protocol):
@@ -84,13 +92,32 @@ def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -
             return f"it has the option {name}"
     if problem.family == FIXED and problem.perturb:
         return "it has the option perturb"
-    if any(problem.callback(name) for name in _CALLBACKS):
+    if any(hasattr(func, name) for name in _CALLBACKS):
         return "the field has callbacks"
     if _has_hooks(func):
         return "the field has hooks, which would not run"
     if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return _why_not_now()
+
+
+def why_not_adjoint(problem: Problem, backward: AdjointOptions) -> str:
+    """Why the CPU kernels cannot solve the adjoint ODE of a problem they can solve; "" if they can.
+
+    Args:
+        problem: The call in normal form.
+        backward: How the adjoint ODE is to be solved.
+    """
+    if FAMILIES.get(backward.method) not in (FIXED, ADAPTIVE):
+        return f"the adjoint_method {backward.method} is no explicit Runge-Kutta method"
+    if not all(isinstance(x, (int, float)) for x in (backward.rtol, backward.atol)):
+        return "adjoint_rtol or adjoint_atol is a tensor"
+    if backward.options.get("norm") not in (None, "seminorm"):
+        return "the adjoint ODE has a norm of its own"
+    for name in ("step_t", "jump_t", "grid_constructor", "perturb"):
+        if name in backward.options:
+            return f"the adjoint ODE has the option {name}"
+    return ""
 
 
 def _why_not_now() -> str:
@@ -130,34 +157,44 @@ class Native:
     Attributes:
         solve: The kernels' part.
         method: Name of the method.
-        gradient: "discrete" or "continuous".
         keep_steps: Whether checkpoints stay in memory until the backward pass; if not, it solves
             once more to get them.
         fixed: Whether it takes fixed steps.
         step_size: Their size, None for steps from each output time to the next.
         by_row: Whether every row takes its own steps.
         columns: Zeros that the kernels append to a row of the input.
+        adjoint: For the continuous gradient, what solves the adjoint ODE; None for the discrete.
+        seminorm: Whether its norm leaves the parameters out.
     """
 
     solve: cpu.Solve
     method: str
-    gradient: str
     keep_steps: bool
     fixed: bool
     step_size: float | None
     by_row: bool
     columns: int
+    adjoint: Native | None = None
+    seminorm: bool = False
 
 
 def prepare(
     problem: Problem,
     spec: MLPSpec,
     data_dim: int,
-    gradient: str = "discrete",
     keep_steps: bool = True,
     by_row: bool = False,
+    backward: AdjointOptions | None = None,
 ) -> Native:
-    """What runs a problem that `why_not` has nothing against."""
+    """What runs a problem that `why_not` (and `why_not_adjoint`) have nothing against.
+
+    Args:
+        problem: The problem.
+        spec: Of its field.
+        data_dim: Columns of the input; the other columns of the state start at zero.
+        keep_steps, by_row: As in `Plan`.
+        backward: How to solve the adjoint ODE for the continuous gradient; None: the discrete one.
+    """
     loaded = library.load()
     if loaded is None:
         raise RuntimeError(library.missing())
@@ -183,9 +220,31 @@ def prepare(
         max_num_steps=int(options.get("max_num_steps", DEFAULT_MAX_STEPS)),
         **{"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2, "max_step": float("inf"), **given},
     )
-    step_size = options.get("step_size")
-    columns = spec.dim - data_dim
-    return Native(solve, problem.method, gradient, keep_steps, fixed, step_size, by_row, columns)
+    native = Native(
+        solve,
+        problem.method,
+        keep_steps,
+        fixed,
+        options.get("step_size"),
+        by_row,
+        spec.dim - data_dim,
+    )
+    if backward is None:
+        return native
+    own = {name: value for name, value in backward.options.items() if name != "norm"}
+    adjoint_problem = make_problem(
+        problem.original,
+        torch.zeros(1, spec.dim, dtype=problem.y0.dtype),
+        problem.t.detach(),  # of which only the direction counts
+        rtol=backward.rtol,
+        atol=backward.atol,
+        method=backward.method,
+        options=own,
+        warn=False,
+    )
+    seminorm = backward.options.get("norm") == "seminorm"
+    adjoint = prepare(adjoint_problem, spec, data_dim)
+    return dataclasses.replace(native, adjoint=adjoint, seminorm=seminorm)
 
 
 @functools.cache
@@ -238,36 +297,22 @@ class Memo:
     tensors: list[Tensor]
 
 
-def look_up(
-    field: Any,
-    x: Any,
-    t: Any,
-    rtol: Any,
-    atol: Any,
-    options: Mapping[str, Any] | None,
-    settings: tuple[Any, ...],
-) -> Memo | None:
+def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     """Whether a call like this one was remembered; None for a call that cannot be.
 
     Args:
         field: An MLPField, not of a subclass.
         x: The state, or its data columns.
         t: Times.
-        rtol, atol, options: As the user gave them.
-        settings: What else tells calls apart: hashable.
+        key: What else tells calls apart.
     """
     if type(x) is not Tensor or type(t) is not Tensor or t.requires_grad or t.dim() != 1:
         return None
-    if not (type(rtol) is type(atol) is float) or x.dim() != 2 or not x.is_cpu:
-        return None
     members = field.__dict__
-    if _has_hooks(field) or not _CALLBACKS.isdisjoint(members) or _why_not_now():
+    if x.dim() != 2 or not x.is_cpu or not _CALLBACKS.isdisjoint(members):
         return None
-    frozen: tuple[Any, ...] = ()
-    if options:
-        if not all(type(v) in (float, int, str, bool, torch.dtype) for v in options.values()):
-            return None
-        frozen = tuple(sorted(options.items()))
+    if _has_hooks(field) or _why_not_now():
+        return None
     times = t.tolist()
     backwards = times[0] > times[-1] if times else False
     if backwards:
@@ -279,10 +324,10 @@ def look_up(
         if tensor.dtype is not dtype or not tensor.is_cpu or type(tensor) not in _PLAIN:
             return None
     settings = (
-        *settings,
+        *key,
         *(members["dim"], members["hidden_dim"], members["num_hidden"]),
         *(members["activation"], members["time_dependent"]),
-        *(dtype, x.shape[1], t.dtype, backwards, rtol, atol, frozen),
+        *(dtype, x.shape[1], t.dtype, backwards),
     )
     return Memo(settings, _remembered.get(settings), times, tensors)
 
@@ -354,26 +399,55 @@ class Call:
         return solution
 
     def gradient(
-        self, grad: Tensor, x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        solution: Tensor | None,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """Gradients for x and the parameters, None where not needed."""
-        if self.checkpoints is None:
-            self.solve(x, parameters, keep=True)
-        checkpoints, for_x, *for_parameters = self.checkpoints, *needs
+        native, (for_x, *wanted) = self.native, needs
+        grad = grad.contiguous()
         parameters = [p if p.is_contiguous() else p.contiguous() for p in parameters]
-        x_grad, grads, result = self.native.solve.discrete_gradient(
-            checkpoints, parameters, grad.contiguous(), x if for_x else None, any(for_parameters)
-        )
-        if not self.native.keep_steps:
-            self.checkpoints = None
-        if result.status:
-            raise MemoryError("anode_fast: no memory for the gradient")
+        like_x = x if for_x else None
+        grads: Sequence[Tensor | None]
+        if native.adjoint is not None and solution is not None:
+            x_grad, grads, result = native.adjoint.solve.continuous_gradient(
+                *(solution, parameters, self.times, grad, like_x, wanted),
+                self._adjoint_grid(native.adjoint),
+                native.seminorm,
+            )
+        else:
+            if self.checkpoints is None:
+                self.solve(x, parameters, keep=True)
+            x_grad, grads, result = native.solve.discrete_gradient(
+                self.checkpoints, parameters, grad, like_x, any(wanted)
+            )
+            if not native.keep_steps:
+                self.checkpoints = None
         self.stats.nfe_backward = result.nfe
         self.stats.launches += 1
         self.mlp.__dict__["nfe"] += result.nfe
-        found: list[Tensor | None] = [x_grad]
-        found += [g if need else None for g, need in zip(grads, for_parameters, strict=False)]
-        return found + [None] * (len(needs) - len(found))
+        if result.status:
+            raise _adjoint_failure(self.problem(x), result)
+        found = [g if need else None for g, need in zip(grads, wanted, strict=False)]
+        return [x_grad, *(found or [None] * len(wanted))]
+
+    def _adjoint_grid(self, adjoint: Native) -> list[float]:
+        """Fixed steps of the adjoint ODE in negated time, from each output time to the one before.
+
+        Empty if it chooses its steps.
+        """
+        if not adjoint.fixed:
+            return []
+        ends = [-time for time in reversed(self.times)]
+        if adjoint.step_size is None:
+            return ends
+        grid: list[float] = []
+        for interval in itertools.pairwise(ends):
+            grid += _grid(interval, torch.float64, adjoint.step_size)
+        return grid
 
 
 def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Tensor) -> Exception:
@@ -400,22 +474,35 @@ def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Ten
     return failures.non_finite(problem, t, dt, accepted + rejected, f)
 
 
+def _adjoint_failure(problem: Problem, result: cpu.Result) -> Exception:
+    """The same for the adjoint ODE."""
+    if result.status == cpu.OUT_OF_MEMORY:
+        return MemoryError("anode_fast: no memory for the gradient")
+    t, dt, accepted, rejected = result.t, result.dt, result.accepted, result.rejected
+    if result.status == Status.MAX_STEPS:
+        return failures.max_steps(problem, accepted + rejected, t, dt, accepted, rejected)
+    if result.status == Status.UNDERFLOW:
+        return failures.underflow(problem, t, dt, accepted, rejected, problem.y0)
+    return failures.non_finite(problem, t, dt, accepted + rejected, problem.y0)
+
+
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
-        solution = call.solve(x, parameters, call.native.keep_steps)
+        continuous = call.native.adjoint is not None
+        solution = call.solve(x, parameters, call.native.keep_steps and not continuous)
         ctx.call = call
-        ctx.save_for_backward(x, *parameters)
+        ctx.save_for_backward(solution if continuous else None, x, *parameters)
         return solution
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         call: Call = ctx.call
-        x, *parameters = ctx.saved_tensors
+        solution, x, *parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             return None, *_differentiable_gradient(call, grad, x, parameters, needs)
-        return None, *call.gradient(grad, x, parameters, needs)
+        return None, *call.gradient(grad, solution, x, parameters, needs)
 
 
 def _differentiable_gradient(
@@ -536,7 +623,7 @@ def _gradient_now(
 ) -> list[Tensor]:
     prepared = _call(x, t, call)
     prepared.set_grid(t.dtype)
-    found = prepared.gradient(grad, x, parameters, [True] * (1 + len(parameters)))
+    found = prepared.gradient(grad, None, x, parameters, [True] * (1 + len(parameters)))
     return [g for g in found if g is not None]
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anode_fast import adjoint, fused, reference
+from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import MLPField
 from anode_fast.plan import Plan, choose, describe
@@ -174,16 +175,6 @@ class AdjointArguments:
         """Whether any of them is about the adjoint ODE."""
         return any(x is not None for x in (self.rtol, self.atol, self.method, self.options))
 
-    def resolved(self, problem: Problem, options: Options | None) -> adjoint.AdjointOptions:
-        """How the adjoint ODE is solved: as the forward one where nothing else is said."""
-        inherited = {k: v for k, v in (options or {}).items() if k != "norm"}
-        return adjoint.AdjointOptions(
-            problem.rtol if self.rtol is None else self.rtol,
-            problem.atol if self.atol is None else self.atol,
-            self.method or problem.method,
-            inherited if self.options is None else dict(self.options),
-        )
-
 
 def _tensors(params: Iterable[Tensor] | Tensor | None) -> list[Tensor] | None:
     """adjoint_params as a list; one tensor means that one."""
@@ -200,7 +191,7 @@ def _tensors(params: Iterable[Tensor] | Tensor | None) -> list[Tensor] | None:
     return given
 
 
-_NO_ADJOINT = AdjointArguments()
+_SIMPLE = (float, int, str, bool, torch.dtype)
 
 
 @dataclass(slots=True)
@@ -231,24 +222,58 @@ class Settings:
             warn=warn,
         )
 
-    @property
-    def are_plain(self) -> bool:
-        """Whether there is nothing special to them, so that kernels may know the call already."""
-        plain = self.adjoint is None or self.adjoint == _NO_ADJOINT
-        return plain and self.event_fn is None
+    def key(self) -> tuple[Any, ...] | None:
+        """What two calls have in common that are carried out alike; None for special arguments."""
+        given = self.adjoint
+        options = _frozen(self.options)
+        if self.event_fn or options is None or not type(self.rtol) is type(self.atol) is float:
+            return None
+        of_adjoint: tuple[Any, ...] = ()
+        if given is not None:
+            own = _frozen(given.options)
+            tolerances = (given.rtol, given.atol)
+            simple = all(x is None or type(x) is float for x in tolerances)
+            if given.params is not None or own is None or not simple:
+                return None
+            of_adjoint = (*tolerances, given.method, given.options is None, own)
+        return (
+            *(self.rtol, self.atol, self.method, options),
+            *(self.backend, self.step_control, self.gradient, of_adjoint),
+        )
 
     def plan(self, problem: Problem) -> Plan:
         """How the call will be carried out."""
-        adjoint = self.adjoint or _NO_ADJOINT
+        given = self.adjoint or AdjointArguments()
         return choose(
             problem,
             backend=self.backend,
             gradient=self.gradient,
             step_control=self.step_control,
+            backward=self.backward(problem),
             is_adjoint=self.adjoint is not None,
-            has_adjoint_options=adjoint.has_options,
-            params=adjoint.params,
+            has_adjoint_options=given.has_options,
+            params=given.params,
         )
+
+    def backward(self, problem: Problem) -> AdjointOptions:
+        """How the adjoint ODE is solved: as the forward one where nothing else is said."""
+        given = self.adjoint or AdjointArguments()
+        inherited = {k: v for k, v in (self.options or {}).items() if k != "norm"}
+        return AdjointOptions(
+            problem.rtol if given.rtol is None else given.rtol,
+            problem.atol if given.atol is None else given.atol,
+            given.method or problem.method,
+            inherited if given.options is None else dict(given.options),
+        )
+
+
+def _frozen(options: Options | None) -> tuple[Any, ...] | None:
+    """Options of simple values as a tuple; None if there are others."""
+    if not options:
+        return ()
+    if not all(type(value) in _SIMPLE for value in options.values()):
+        return None
+    return tuple(sorted(options.items()))
 
 
 def solve(
@@ -259,22 +284,12 @@ def solve(
     The zeros go along dim 1. The kernels append them on their own.
     """
     mlp = func if isinstance(func, MLPField) and type(func) is MLPField else None
+    key = settings.key() if mlp is not None and isinstance(x, Tensor) else None
     memo = None
-    if mlp is not None and isinstance(x, Tensor) and settings.are_plain:
+    if mlp is not None and isinstance(x, Tensor) and key:
         if torch.compiler.is_compiling() and _can_compile(settings):
             return _compiled(mlp, x, t, settings, columns)
-        memo = fused.look_up(
-            mlp,
-            x,
-            t,
-            settings.rtol,
-            settings.atol,
-            settings.options,
-            (
-                *(settings.adjoint is None, columns, settings.method),
-                *(settings.backend, settings.step_control, settings.gradient),
-            ),
-        )
+        memo = fused.look_up(mlp, x, t, (columns, *key))
 
     def problem_from(x: Tensor) -> Problem:
         return settings.problem(func, pad(x, columns), t)
@@ -283,18 +298,23 @@ def solve(
         call = fused.Call(memo.native, mlp, memo.times, (), problem_from)
         return fused.run(call, x, memo.tensors, t.dtype), call.stats
     problem = settings.problem(func, pad(x, columns), t, warn=True)
-    plan = settings.plan(problem)
+    plan, backward = settings.plan(problem), settings.backward(problem)
     if plan.backend == "cpu" and mlp is not None and isinstance(x, Tensor):
         native = fused.prepare(
-            problem, mlp.spec(), x.shape[1], plan.gradient, plan.keep_steps, plan.by_row
+            problem,
+            mlp.spec(),
+            x.shape[1],
+            keep_steps=plan.keep_steps,
+            by_row=plan.by_row,
+            backward=backward if plan.gradient == "continuous" else None,
         )
         if memo and _says_nothing(problem, settings.options):
             fused.remember(memo, native)
         grid = [point for point, _ in problem.grid()] if native.fixed else []
         call = fused.Call(native, mlp, problem.times, grid, problem_from)
         return fused.run(call, x, mlp.tensors(), t.dtype), call.stats
-    given = settings.adjoint or _NO_ADJOINT
-    return _run(problem, plan, given.params, given.resolved(problem, settings.options))
+    params = settings.adjoint.params if settings.adjoint else None
+    return _run(problem, plan, params, backward)
 
 
 _State = TypeVar("_State", bound=State)
@@ -316,8 +336,10 @@ def _says_nothing(problem: Problem, options: Options | None) -> bool:
 
 
 def _can_compile(settings: Settings) -> bool:
-    able = settings.backend in ("auto", "cpu") and settings.gradient in ("auto", "discrete")
-    return able and fused.can_compile()
+    discrete = settings.gradient == "discrete" or (
+        settings.gradient == "auto" and not (settings.adjoint and settings.adjoint.has_options)
+    )
+    return discrete and settings.backend in ("auto", "cpu") and fused.can_compile()
 
 
 def _compiled(
@@ -516,7 +538,7 @@ def _run(
     problem: Problem,
     plan: Plan,
     params: list[Tensor] | None,
-    backward: adjoint.AdjointOptions,
+    backward: AdjointOptions,
 ) -> tuple[Any, SolveStats]:
     """Carries out a plan on the reference path."""
     stats = SolveStats(backend=plan.backend, method=problem.method)
@@ -547,7 +569,7 @@ def _solve_with_gradient(
     stats: SolveStats,
     plan: Plan,
     params: list[Tensor] | None,
-    backward: adjoint.AdjointOptions,
+    backward: AdjointOptions,
 ) -> tuple[Tensor, float | None]:
     """A solve without a graph through it, whose backward pass is the plan's gradient."""
     f0 = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anode_fast import fused
+from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
 from anode_fast.fields import MLPField
 from anode_fast.kernels.cpu import library
@@ -52,6 +53,7 @@ def choose(
     backend: str,
     gradient: str,
     step_control: str,
+    backward: AdjointOptions,
     is_adjoint: bool = False,
     has_adjoint_options: bool = False,
     params: Sequence[Tensor] | None = None,
@@ -61,6 +63,7 @@ def choose(
     Args:
         problem: The call in normal form.
         backend, gradient, step_control: As the user gave them.
+        backward: How the adjoint ODE would be solved.
         is_adjoint: Whether the call came through odeint_adjoint.
         has_adjoint_options: Whether it gave adjoint_rtol, _atol, _method or _options.
         params: Its adjoint_params.
@@ -93,7 +96,8 @@ def choose(
         raise InvalidArgument(
             'odeint: gradient="continuous" needs step_control="batch". Use gradient="discrete".'
         )
-    chosen, why = _choose_backend(problem, backend, gradient, has_adjoint_options, params)
+    wanted = "continuous" if gradient == "auto" and has_adjoint_options else gradient
+    chosen, why = _choose_backend(problem, backend, wanted, backward, params)
     keep_steps = True
     if gradient == "auto":
         automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, chosen)
@@ -108,7 +112,7 @@ def _choose_backend(
     problem: Problem,
     backend: str,
     gradient: str,
-    has_adjoint_options: bool,
+    backward: AdjointOptions,
     params: Sequence[Tensor] | None,
 ) -> tuple[str, tuple[str, ...]]:
     """The backend, and why."""
@@ -121,8 +125,8 @@ def _choose_backend(
     no_cpu = fused.why_not(problem, spec, tensors)
     if not no_cpu and gradient == "autograd":
         no_cpu = 'gradient="autograd" goes through the reference solver\'s operations'
-    if not no_cpu and (gradient == "continuous" or (gradient == "auto" and has_adjoint_options)):
-        no_cpu = "the adjoint ODE is solved on the reference path"
+    if not no_cpu and gradient == "continuous":
+        no_cpu = fused.why_not_adjoint(problem, backward)
     if not no_cpu and params is not None and {id(x) for x in params} != {id(x) for x in tensors}:
         no_cpu = "adjoint_params are not the field's own parameters"
     reasons = {"cpu": no_cpu, "triton": _NO_TRITON}
@@ -141,6 +145,8 @@ def _automatic(
 ) -> tuple[str, bool, str]:
     """Gradient, whether it keeps the steps, and why."""
     if backend == "cpu":
+        if has_adjoint_options:
+            return "continuous", True, "odeint_adjoint got adjoint_* arguments for the adjoint ODE"
         if is_adjoint and problem.family != ADAPTIVE:
             return "discrete", False, "odeint_adjoint with fixed steps solves once more for it"
         return "discrete", True, "the kernels' exact gradient"

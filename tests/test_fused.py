@@ -113,7 +113,11 @@ class Case:
 def cases(draw):
     dim = draw(st.integers(1, 20))
     # Multiples of 2^-10: exact in float32. Spread, or several in one step.
-    ticks = draw(st.lists(st.integers(0, draw(st.sampled_from([1000, 12]))), min_size=2, max_size=8, unique=True))
+    ticks = draw(
+        st.lists(
+            st.integers(0, draw(st.sampled_from([1000, 12]))), min_size=2, max_size=8, unique=True
+        )
+    )
     start = draw(st.sampled_from([0, -300, 512]))
     t = tuple((start + tick) / 1024 for tick in sorted(ticks, reverse=draw(st.booleans())))
     return Case(
@@ -135,7 +139,12 @@ def scaled(case, tensors, scale):
     """The weights of the field for z = scale * y; their gradients, with its inverse, of that for y."""
     first, *inner, weight, bias = tensors
     lead = first[:, : case.time_dependent]
-    return [torch.cat([lead, first[:, case.time_dependent :] / scale], 1), *inner, scale * weight, scale * bias]
+    return [
+        torch.cat([lead, first[:, case.time_dependent :] / scale], 1),
+        *inner,
+        scale * weight,
+        scale * bias,
+    ]
 
 
 def solved(case, dtype, backend, scale=1, **given):
@@ -192,19 +201,23 @@ def has_kinks(case, dtype):
     return case.activation == "relu" and dtype == f32
 
 
-def compare(case, dtype, got, ref, exact):
-    for name in got:
+def compare(case, dtype, got, refs, exact):
+    """No result is worse than that of the worst of `refs`."""
+    for name, value in exact.items():
         if name != "y" and has_kinks(case, dtype):
             continue
-        if got[name].numel():
-            assert_no_worse(got[name], ref[name], exact[name], name)
-        else:
-            assert (got[name].shape, got[name].dtype) == (ref[name].shape, ref[name].dtype)
+        if not value.numel():
+            assert (got[name].shape, got[name].dtype) == (value.shape, dtype)
+            continue
+        ref = max((ref[name] for ref in refs), key=lambda ref: (ref - value).abs().max())
+        assert_no_worse(got[name], ref, value, name)
 
 
 def every_case(examples):
     def decorate(test):
-        settings = hypothesis.settings(max_examples=examples, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+        settings = hypothesis.settings(
+            max_examples=examples, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        )
         return settings(hypothesis.given(case=cases(), data=st.data())(test))
 
     return decorate
@@ -214,15 +227,14 @@ def every_case(examples):
 
 
 def compare_given_steps(case, dtype, **given):
-    got, got_stats = solved(case, dtype, "cpu", **given)
-    ref, ref_stats = solved(case, dtype, "reference", **given)
+    got, stats = solved(case, dtype, "cpu", **given)
+    refs = [solved(case, dtype, "reference", scale, **given) for scale in (1, 5)]
     exact, _ = solved(case, f64, "reference", scale=3, **given)
-    assert (got_stats.nfe, got_stats.accepted, got_stats.rejected) == (
-        ref_stats.nfe,
-        ref_stats.accepted,
-        ref_stats.rejected,
-    )
-    compare(case, dtype, got, ref, exact)
+    for _, ref_stats in refs:
+        assert stats == dataclasses.replace(
+            ref_stats, backend="cpu", launches=2, nfe_backward=stats.nfe_backward
+        )
+    compare(case, dtype, got, [ref for ref, _ in refs], exact)
 
 
 @one_step
@@ -246,16 +258,16 @@ def test_adaptive_methods_with_given_steps(method, control, dtype, case, data):
     compare_given_steps(case, dtype, method=method, options=options, step_control=control)
 
 
-def assert_same_counts(stats, ref, others, control):
+def assert_same_counts(stats, refs, control):
     """Equal, if the references agree: rounding decides about a step whose error is about 1."""
-    counts = [(s.accepted, s.rejected) for s in (ref, *others)]
+    counts = [(ref.accepted, ref.rejected) for ref in refs]
     if len(set(counts)) > 1:
         hypothesis.event("the references take different steps")
         return False
     assert (stats.accepted, stats.rejected) == counts[0]
     # After many rejections the reference looks whether the field is deterministic.
-    looked = control == "batch" and ref.rejected >= 8
-    assert ref.nfe - stats.nfe in ((0, 2) if looked else (0,))
+    looked = control == "batch" and stats.rejected >= 8
+    assert refs[0].nfe - stats.nfe in ((0, 2) if looked else (0,))
     return True
 
 
@@ -265,6 +277,8 @@ def assert_same_counts(stats, ref, others, control):
 @every_case(6)
 def test_chosen_steps(method, control, dtype, case, data):
     order = TABLEAUS[method].order
+    if case.activation == "relu":  # errors at its kinks are a matter of luck
+        case = dataclasses.replace(case, activation="tanh")
     finest = min({f32: 4, f64: 10}[dtype], 2 * order)  # or it takes too many steps
     tolerances = dict(
         rtol=10 ** -data.draw(st.floats(2, finest)), atol=10 ** -data.draw(st.floats(2, finest))
@@ -276,10 +290,10 @@ def test_chosen_steps(method, control, dtype, case, data):
         options["first_step"] = data.draw(st.sampled_from([0.01, 0.3]))
     given = dict(method=method, options=options, step_control=control, **tolerances)
     got, stats = solved(case, dtype, "cpu", **given)
-    ref, ref_stats = solved(case, dtype, "reference", **given)
-    others = [solved(case, dtype, "reference", scale, **given)[1] for scale in (3, 5)]
+    refs = [solved(case, dtype, "reference", scale, **given) for scale in (1, 3, 5)]
+    counted = [stats for _, stats in refs]
     if dtype == f32:
-        others.append(solved(case, f64, "reference", **given)[1])
-    if assert_same_counts(stats, ref_stats, others, control):
+        counted.append(solved(case, f64, "reference", **given)[1])
+    if assert_same_counts(stats, counted, control):
         exact, _ = solved(case, f64, "reference", method="dopri8", rtol=1e-12, atol=1e-12)
-        compare(case, dtype, got, ref, exact)
+        compare(case, dtype, got, [ref for ref, _ in refs], exact)

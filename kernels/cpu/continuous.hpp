@@ -25,10 +25,12 @@ struct AdjointCall {
   std::int64_t rows;
   const double* times;  // output times of the solve, increasing solver time
   std::int64_t num_times;
-  const double* grid;  // fixed steps: their ends in negated time, increasing; among them the output
-  std::int64_t num_grid;      // times, once, or twice as the end of one interval's grid and the
-  const T* solution;          // start of the next. solution: [num_times, rows, dim]
-  const T* grad;              // cotangent of the solution
+  // Fixed steps: their ends in negated time, increasing. Output times are among them; where the
+  // grids of two intervals meet, they may stand twice.
+  const double* grid;
+  std::int64_t num_grid;
+  const T* solution;          // [num_times, rows, dim]
+  const T* grad;              // its cotangent
   bool seminorm;              // the parameters' gradients take no part in the norm
   T* x_grad;                  // [rows, data_dim], or null
   T* const* parameter_grads;  // null for those not wanted: they take no part in the norm either
@@ -580,15 +582,16 @@ class ContinuousGradient {
   const Tiles<T> tiles_;
   const int dim_;
   const bool adaptive_;
-  const std::size_t size_;     // of the parameters' gradients, 0 if none is wanted
-  const std::int64_t groups_;  // of tiles
+  const std::size_t size_;       // of the parameters' gradients, 0 if none is wanted
+  const std::int64_t groups_;    // of tiles
   const std::size_t tile_size_;  // numbers a tile has in a state
   const Buffer<T> states_, sums_, gradients_;
-  T *current_, *next_;  // states
-  T *theta_, *theta1_;  // the parameters' gradients, and those at the end of an attempt
-  T *first_, *ratios_;  // their derivatives at the first stage; over the tolerance
-  double time_ = 0, time1_ = 0, time_first_ = 0, time_last_ = 0;  // likewise of the gradient of t
-  std::vector<double> tile_slopes_;  // its derivatives, [tiles, stages]
+  T *current_, *next_;  // states at the start and the end of an attempt
+  // The parameters' gradients there; their derivatives at its first stage; over the tolerance.
+  T *theta_, *theta1_, *first_, *ratios_;
+  // The gradient of t there; its derivatives at its first and its last stage.
+  double time_ = 0, time1_ = 0, time_first_ = 0, time_last_ = 0;
+  std::vector<double> tile_slopes_;  // parts of the latter, [tiles, stages]
   std::vector<double> squares_[2];   // of y and a over the tolerance, of each tile
   WorkspacePool<Workspace> workspaces_;
   Result result_{};

@@ -372,7 +372,7 @@ class Mlp {
     double largest = 0;
     auto note = [&](const T* is_wanted, double sum, std::int64_t count) {
       const double rms = std::sqrt(sum / double(count));
-      if (is_wanted && !(rms <= largest)) largest = rms;
+      if (is_wanted && (rms > largest || rms != rms)) largest = rms;  // nan stays
     };
     for (int l = 0; l < shape_.layers(); ++l) {
       const GradientBlocks<T> blocks = gradient_blocks(l);
@@ -394,7 +394,6 @@ class Mlp {
       const std::int64_t rows = shape_.outputs(l);
       note(wanted[2 * l], weight, rows * (shape_.inputs(l) + lead));
       note(wanted[2 * l + 1], bias, rows);
-      if (largest != largest) break;
     }
     return largest;
   }
