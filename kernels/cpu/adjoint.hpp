@@ -118,8 +118,7 @@ class DiscreteGradient {
   // The stage's argument into its record, then its derivative.
   void evaluate(const Tile& tile, Workspace& w, int stage, const Interval& at, double c) {
     T* record = w.records[stage];
-    fill_node(at, c, options_.control != std::int32_t(Control::fixed), record + tile.lanes,
-              tile.lanes);
+    fill_node(at, c, options_.control != std::int32_t(Control::fixed), record, tile.lanes);
     T* k = w.derivatives + stage * dim_ * tile.lanes;
     field_.evaluate_recording(record, k, tile.vectors);
     w.k[stage] = k;
@@ -212,7 +211,7 @@ class DiscreteGradient {
 
   // Takes w.adj_y1 and w.adj_f, cotangents of the step's end, to w.adj_y and w.adj_f, of its start.
   // Returns the number of evaluations.
-  std::int64_t step_back(const Tile& tile, Workspace& w, const TileStep& s, const T* grad, T* sum) {
+  std::int64_t step_back(const Tile& tile, Workspace& w, const TileStep& s, const T* grad) {
     const Interval& at = s.at;
     const int lanes = tile.lanes, size = dim_ * lanes, last = method_.stages - 1;
     fill_sizes(at, w.h, lanes);
@@ -250,8 +249,23 @@ class DiscreteGradient {
       spread(w, method_.a[i], w.values, lanes);
     }
     if (s.takes_first) add(w.adj_f, w.adj_k, lanes);
-    if (sum) field_.accumulate_gradient(w.evaluations, tile.vectors, sum);
     return evaluations;
+  }
+
+  // Takes w.adj_f, cotangent of the derivative at the first state, which the first step took over,
+  // to that state. Returns the number of evaluations.
+  std::int64_t start_back(const Tile& tile, Workspace& w, const T* state) {
+    const T* record = w.records[0];
+    if (trace_.start_records) {
+      record = trace_.start_records.get() + tile.index * trace_.record_size;
+    } else {
+      const double t = trace_.times.front();
+      std::copy_n(state, dim_ * tile.lanes, argument(tile, w, 0));
+      evaluate(tile, w, 0, {t, t}, 0.0);
+    }
+    vjp(tile, w, 0, w.adj_f, record);
+    add(w.adj_y, w.values, tile.lanes);
+    return trace_.start_records ? 0 : 1;
   }
 
   // adj_k[j] += h * weight_j * cotangent.
@@ -274,8 +288,6 @@ class DiscreteGradient {
     std::fill_n(w.adj_y, size, T(0));
     std::fill_n(w.adj_f, size, T(0));
     std::int64_t evaluations = 0;
-    const T* start = nullptr;  // state whose derivative the first step took over
-    double t_start = trace_.times.front();
     if (!trace_.row_steps.empty()) {
       const auto& steps = trace_.row_steps[tile.index];
       for (std::size_t i = steps.size(); i-- > 0;) {
@@ -285,8 +297,9 @@ class DiscreteGradient {
         const Interval at{0, 0, s.t0.data(), s.t1.data()};
         const bool end_stage = method_.last_at_solution;
         const TileStep back{at, s.state.get(), nullptr, true, end_stage, low, high};
-        evaluations += step_back(tile, w, back, grad, sum);
-        start = s.state.get();
+        evaluations += step_back(tile, w, back, grad);
+        if (i == 0) evaluations += start_back(tile, w, s.state.get());
+        if (sum) field_.accumulate_gradient(w.evaluations, tile.vectors, sum);
       }
     } else {
       for (std::size_t i = trace_.steps.size(); i-- > 0;) {
@@ -297,27 +310,15 @@ class DiscreteGradient {
         std::swap(w.adj_y, w.adj_y1);
         const TileStep back{{s.t0, s.t1},  state,          records,     s.takes_first,
                             s.end_stage, s.first_output, s.end_output};
-        evaluations += step_back(tile, w, back, grad, sum);
-        start = s.takes_first ? state : nullptr;
+        evaluations += step_back(tile, w, back, grad);
+        if (i == 0 && s.takes_first) evaluations += start_back(tile, w, state);
+        if (sum) field_.accumulate_gradient(w.evaluations, tile.vectors, sum);
       }
-    }
-    if (start) {
-      std::copy_n(start, size, argument(tile, w, 0));
-      evaluate(tile, w, 0, {t_start, t_start}, 0.0);
-      w.evaluations.clear();
-      vjp(tile, w, 0, w.adj_f, w.records[0]);
-      add(w.adj_y, w.values, tile.lanes);
-      if (sum) field_.accumulate_gradient(w.evaluations, tile.vectors, sum);
-      ++evaluations;
     }
     read_cotangent(tile, grad, dim_, w.values);
     add(w.adj_y, w.values, tile.lanes);
-    if (x_grad) write_columns(tile, w.adj_y, x_grad);
+    if (x_grad) write_rows(w.adj_y, tile, x_grad, options_.data_dim);
     return evaluations;
-  }
-
-  void write_columns(const Tile& tile, const T* from, T* x_grad) const {
-    write_rows(from, tile, x_grad, options_.data_dim);
   }
 
   // Output times inside some row's step.

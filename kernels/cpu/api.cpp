@@ -17,7 +17,7 @@ namespace anode {
 namespace {
 
 // Raised whenever a struct or a function below changes; ABI_VERSION in library.py is the same.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 // What stays the same from call to call.
 struct Plan {
@@ -44,7 +44,7 @@ const T* const* typed(const void* const* pointers) {
 template <class T>
 void* solve(const Plan& plan, Call<T> call, const void* const* parameters, bool keep_trace,
             Result& result) {
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, false);
+  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true, false);
   std::unique_ptr<OwnedTrace<T>> owned;
   if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
   Solver<Mlp<T>> solver(field, plan.tableau, plan.options, call, owned ? &owned->trace : nullptr);
@@ -57,9 +57,10 @@ template <class T>
 void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* const* parameters,
                        const void* grad, void* x_grad, void* const* parameter_grads,
                        Result& result) {
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true);
-  const auto& owned = static_cast<const OwnedTrace<T>&>(*trace);
-  DiscreteGradient<Mlp<T>> gradient(field, plan.tableau, plan.options, owned.trace);
+  const Trace<T>& kept = static_cast<const OwnedTrace<T>&>(*trace).trace;
+  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards,
+                     !kept.has_all_records(), true);
+  DiscreteGradient<Mlp<T>> gradient(field, plan.tableau, plan.options, kept);
   result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
                         reinterpret_cast<T* const*>(parameter_grads));
 }
@@ -67,7 +68,7 @@ void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* cons
 template <class T>
 void continuous_gradient(const Plan& plan, const AdjointCall<T>& call,
                          const void* const* parameters, Result& result) {
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true);
+  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true, true);
   result = ContinuousGradient<Mlp<T>>(field, plan.tableau, plan.options, call).run();
 }
 

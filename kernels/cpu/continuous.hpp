@@ -38,53 +38,6 @@ struct AdjointCall {
 
 inline double larger_or_nan(double a, double b) { return a > b || a != a ? a : b; }
 
-// Takes steps from `t` until one reaches `end`, or ends there exactly if it `lands`, and counts
-// them. attempt(t0, t1) makes a step and returns its error ratio; accept() keeps the last one made.
-// Returns the step to go on with. `result` gets the outcome, and of a failure t and dt.
-template <class Attempt, class Accept>
-double take_steps(const Controller& controller, const Options& options, double t, double end,
-                  bool lands, double dt, Attempt attempt, Accept accept, Result& result) {
-  auto rounded = [&](double x) { return options.float_time ? double(float(x)) : x; };
-  auto fail = [&](Status status) {
-    result.status = status;
-    result.t = t;
-    result.dt = dt;
-    return dt;
-  };
-  if (!std::isfinite(dt)) return fail(kNonFinite);
-  dt = rounded(controller.clamp(dt));
-  const std::int64_t before = result.accepted + result.rejected;
-  double ratio = 0, non_finite_at = t;
-  int non_finite = 0;
-  while (t < end) {
-    if (result.accepted + result.rejected - before >= options.max_num_steps) return fail(kMaxSteps);
-    double t1 = rounded(t + dt);
-    if (!(t1 > t)) return fail(std::isfinite(ratio) ? kUnderflow : kNonFinite);
-    if (lands && end <= t1) {
-      t1 = end;
-      dt = rounded(t1 - t);
-    }
-    ratio = attempt(t, t1);
-    if (controller.accepts(dt, ratio)) {
-      accept();
-      ++result.accepted;
-      if (t1 >= non_finite_at) non_finite = 0;
-      t = t1;
-    } else {
-      ++result.rejected;
-      if (!std::isfinite(ratio)) {
-        ++non_finite;
-        non_finite_at = t1;
-        if (dt <= controller.min_step || non_finite == kMostNonFiniteAttempts) {
-          return fail(kNonFinite);
-        }
-      }
-    }
-    dt = rounded(controller.next_step(dt, ratio));
-  }
-  return dt;
-}
-
 template <class Field>
 class ContinuousGradient {
  public:
@@ -252,7 +205,7 @@ class ContinuousGradient {
 
   // f and a df/dy at the negated time u, from the y and a in the record and the deltas.
   void evaluate(const Tile& tile, Workspace& w, T u, T* y_slope, T* adjoint_slope) const {
-    std::fill_n(w.record + tile.lanes, tile.lanes, -u);
+    std::fill_n(w.record, tile.lanes, -u);
     field_.evaluate_recording(w.record, y_slope, tile.vectors);
     field_.vjp(w.record, w.deltas, adjoint_slope, tile.vectors);
   }

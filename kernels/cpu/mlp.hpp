@@ -45,6 +45,7 @@ inline void with_constant(int count, F&& f) {
 // then J weights of each input.
 template <class T>
 struct Panels {
+  using Pointer = const T*;  // not deduced, so that it may be given as nullptr
   int inputs = 0;
   int outputs = 0;
   Buffer<T> weights;
@@ -79,8 +80,8 @@ struct Panels {
 // out[j] = bias[j] + time_weight[j] * time + sum_i weight[j][i] * in[i] for a block of J outputs and
 // V vectors of rows; `time` may be null.
 template <class T, int J, int V>
-inline void affine_block(const T* panel, int inputs, const T* time, const T* in, T* out,
-                         bool relu) {
+inline void affine_block(const T* panel, int inputs, const T* time, const T* in, T* out, bool relu,
+                         const T* gate) {
   constexpr int kWidth = kLanes<T>, kRows = V * kWidth;
   Vec<T> sum[J * V];
   auto add = [&](const T* weights, const T* x) ANODE_INLINE {
@@ -99,21 +100,29 @@ inline void affine_block(const T* panel, int inputs, const T* time, const T* in,
     const Vec<T> zero{};
     unrolled<J * V>([&](auto i) ANODE_INLINE { sum[i] = zero > sum[i] ? zero : sum[i]; });
   }
+  if (gate) {
+    const Vec<T> zero{};
+    unrolled<J * V>([&](auto i) ANODE_INLINE {
+      sum[i] = load(gate + i * kWidth) > zero ? sum[i] : zero;
+    });
+  }
   unrolled<J * V>([&](auto i) ANODE_INLINE { store(out + i * kWidth, sum[i]); });
 }
 
-// Applies an affine map to a tile of `vectors` vectors of rows. `finish(j, count)` is called for
-// each block of outputs, first output and number, while it is in the cache.
+// Applies an affine map to a tile of `vectors` vectors of rows, and to the result relu, or zeros
+// where `gate` is not positive, if that is not null. `finish(j, count)` is called for each block of
+// outputs, first output and number, while it is in the cache.
 template <class T, class Finish>
-inline void affine(const Panels<T>& panels, const T* time, const T* in, T* out, int vectors,
-                   bool relu, Finish finish) {
+inline void affine(const Panels<T>& panels, typename Panels<T>::Pointer time, const T* in, T* out,
+                   int vectors, bool relu, typename Panels<T>::Pointer gate, Finish finish) {
   with_constant<kTileVectors>(vectors, [&](auto v) {
     constexpr int kRows = v * kLanes<T>;
     for (int b = 0; b < panels.blocks(); ++b) {
       const int first = panels.begin(b), count = panels.begin(b + 1) - first;
       const T* panel = panels.weights.get() + std::size_t(first) * (panels.inputs + 2);
       with_constant<kBlockOutputs>(count, [&](auto j) {
-        affine_block<T, j, v>(panel, panels.inputs, time, in, out + first * kRows, relu);
+        const T* gate_here = gate ? gate + first * kRows : nullptr;
+        affine_block<T, j, v>(panel, panels.inputs, time, in, out + first * kRows, relu, gate_here);
       });
       finish(first, count);
     }
@@ -129,23 +138,25 @@ struct Pair {
   const T* in;
 };
 
-// The gradient of a weight [rows, columns] in blocks of kGradientRows x kGradientColumns.
+// The gradient of a layer: of its weight [rows, columns] in blocks of kGradientRows x
+// kGradientColumns, then of its bias.
 template <class T>
-struct GradientBlocks {
+struct LayerGradient {
   int rows, columns;
 
   int row_blocks() const { return round_up(rows, kGradientRows) / kGradientRows; }
   int column_blocks() const { return round_up(columns, kGradientColumns) / kGradientColumns; }
-  std::size_t size() const {
+  std::size_t weight_size() const {
     return std::size_t(row_blocks()) * column_blocks() * kGradientRows * kGradientColumns;
   }
+  std::size_t size() const { return weight_size() + round_up(rows, kLanes<T>); }
   std::size_t index(int row, int column) const {
     const int block = row / kGradientRows * column_blocks() + column / kGradientColumns;
     return std::size_t(block) * kGradientRows * kGradientColumns +
            row % kGradientRows * kGradientColumns + column % kGradientColumns;
   }
 
-  // gradient[j][i] += sum over pairs and their rows of delta[j] * in[i].
+  // Adds sums over pairs and their rows: of delta[j] * in[i] to weight[j][i], of delta[j] to bias[j].
   void accumulate(const std::vector<Pair<T>>& pairs, int vectors, T* gradient) const {
     with_constant<kTileVectors>(vectors, [&](auto v) {
       for (int rb = 0; rb < row_blocks(); ++rb) {
@@ -154,10 +165,26 @@ struct GradientBlocks {
           gradient += kGradientRows * kGradientColumns;
         }
       }
+      for (int row = 0; row < rows; row += kLanes<T>, gradient += kLanes<T>) {
+        bias<v>(pairs, row, std::min(rows - row, kLanes<T>), gradient);
+      }
     });
   }
 
  private:
+  template <int V>
+  static void bias(const std::vector<Pair<T>>& pairs, int row, int count, T* gradient) {
+    constexpr int kRows = V * kLanes<T>;
+    Vec<T> sum[kLanes<T>] = {};
+    for (const Pair<T>& pair : pairs) {
+      for (int j = 0; j < count; ++j) {
+        const T* delta = pair.delta + (row + j) * kRows;
+        unrolled<V>([&](auto v) ANODE_INLINE { sum[j] += load(delta + v * kLanes<T>); });
+      }
+    }
+    store(gradient, load(gradient) + sum_each<T>(sum));
+  }
+
   template <int V>
   static void block(const std::vector<Pair<T>>& pairs, int row, int column, T* gradient) {
     constexpr int kWidth = kLanes<T>, kRows = V * kWidth;
@@ -203,19 +230,20 @@ struct MlpShape {
 
 // dy/dt = L_n(act(... act(L_1([t, y])))).
 //
-// A solver writes the argument of an evaluation as an input tile: a row of ones, a row of times,
-// then the state (kInputRows rows before it). The ones and times make the gradients of bias and
-// time weight columns of the weight's.
+// A solver writes the argument of an evaluation as an input tile: a row of times, then the state
+// (kInputRows rows before it).
 template <class T_>
 class Mlp {
  public:
   using T = T_;
   using Shape = MlpShape;
-  static constexpr int kInputRows = 2;
+  static constexpr int kInputRows = 1;
 
   // `parameters`: weight [out, in] (the first layer's with the time's column first) and bias [out]
-  // of each layer, contiguous.
-  Mlp(const Shape& shape, const T* const* parameters, bool backwards, bool with_vjp)
+  // of each layer, contiguous. `evaluates` and `differentiates` say what the field is to be used
+  // for.
+  Mlp(const Shape& shape, const T* const* parameters, bool backwards, bool evaluates,
+      bool differentiates)
       : shape_(shape), activation_(Activation(shape.activation)) {
     const T sign = backwards ? T(-1) : T(1);
     for (int l = 0; l < shape.layers(); ++l) {
@@ -225,10 +253,12 @@ class Mlp {
       const T* bias = parameters[2 * l + 1];
       const T scale = l == shape.hidden_layers ? sign : T(1);
       auto entry = [&](int j, int i) { return scale * weight[j * (in + lead) + lead + i]; };
-      forward_.emplace_back(in, out);
-      forward_.back().fill([&](int j) { return scale * bias[j]; },
-                           [&](int j) { return lead ? sign * weight[j * (in + 1)] : T(0); }, entry);
-      if (with_vjp) {
+      if (evaluates) {
+        auto of_time = [&](int j) { return lead ? sign * weight[j * (in + 1)] : T(0); };
+        forward_.emplace_back(in, out);
+        forward_.back().fill([&](int j) { return scale * bias[j]; }, of_time, entry);
+      }
+      if (differentiates) {
         auto zero = [](int) { return T(0); };
         backward_.emplace_back(out, in);
         backward_.back().fill(zero, zero, [&](int i, int j) { return entry(j, i); });
@@ -255,8 +285,8 @@ class Mlp {
     for (int l = 0; l < shape_.layers(); ++l) {
       const bool last = l == shape_.hidden_layers;
       T* out = last ? derivative : scratch + (l % 2) * widest_ * n;
-      affine(forward_[l], l == 0 ? time_row(input, n) : nullptr, in, out, vectors,
-             !last && activation_ == Activation::relu, [&](int first, int count) {
+      affine(forward_[l], l == 0 ? time_row(input) : nullptr, in, out, vectors,
+             !last && activation_ == Activation::relu, nullptr, [&](int first, int count) {
                if (!last && activation_ != Activation::relu) {
                  activate(activation_, out + first * n, std::size_t(count) * n);
                }
@@ -274,16 +304,14 @@ class Mlp {
   std::size_t record_rows() const { return std::size_t(record_rows_); }
   std::size_t delta_rows() const { return std::size_t(delta_rows_); }
 
-  // Writes what evaluations do not: rows of ones, and the padding.
+  // Writes what evaluations do not: the padding.
   void prepare_record(T* record, int vectors) const {
     const int n = vectors * kLanes<T>;
     for (int l = 0; l < shape_.layers(); ++l) {
-      const int columns = gradient_blocks(l).columns;
+      const int columns = layer_gradient(l).columns;
       const int padding = round_up(columns, kGradientColumns) - columns;
-      std::fill_n(record + in_[l] * n, n, T(1));
       std::fill_n(record + (in_[l] + columns) * n, padding * n, T(0));
     }
-    if (!shape_.time_dependent) std::fill_n(record + n, n, T(0));
   }
 
   void prepare_deltas(T* deltas, int vectors) const {
@@ -299,10 +327,10 @@ class Mlp {
     const int n = vectors * kLanes<T>;
     for (int l = 0; l < shape_.layers(); ++l) {
       const bool last = l == shape_.hidden_layers;
-      const T* in = record + (in_[l] + (l == 0 ? kInputRows : 1)) * n;
-      T* out = last ? derivative : record + (in_[l + 1] + 1) * n;
-      affine(forward_[l], l == 0 ? time_row(record, n) : nullptr, in, out, vectors,
-             !last && activation_ == Activation::relu, [&](int first, int count) {
+      const T* in = record + (l == 0 ? kInputRows : in_[l]) * n;
+      T* out = last ? derivative : record + in_[l + 1] * n;
+      affine(forward_[l], l == 0 ? time_row(record) : nullptr, in, out, vectors,
+             !last && activation_ == Activation::relu, nullptr, [&](int first, int count) {
                if (last || activation_ == Activation::relu) return;
                activate_saving(activation_, out + first * n, record + (slope_[l] + first) * n,
                                std::size_t(count) * n);
@@ -320,12 +348,14 @@ class Mlp {
     const int n = vectors * kLanes<T>;
     for (int l = shape_.hidden_layers; l >= 0; --l) {
       T* out = l == 0 ? gradient : deltas + delta_[l - 1] * n;
-      affine(backward_[l], static_cast<const T*>(nullptr), deltas + delta_[l] * n, out, vectors,
-             false, [&](int first, int count) {
-               if (l == 0) return;
-               const T* value = record + (in_[l] + 1 + first) * n;
+      const T* value = record + in_[l] * n;
+      const bool gated = l > 0 && activation_ == Activation::relu;
+      affine(backward_[l], nullptr, deltas + delta_[l] * n, out, vectors,
+             false, gated ? value : nullptr, [&](int first, int count) {
+               if (l == 0 || gated) return;
                const T* slope = record + (slope_[l - 1] + first) * n;
-               times_slope(activation_, out + first * n, value, slope, std::size_t(count) * n);
+               times_slope(activation_, out + first * n, value + first * n, slope,
+                           std::size_t(count) * n);
              });
     }
   }
@@ -334,8 +364,8 @@ class Mlp {
   void time_gradient(const T* deltas, T* gradient, int vectors) const {
     const int n = vectors * kLanes<T>;
     if (!shape_.time_dependent) return void(std::fill_n(gradient, n, T(0)));
-    affine(time_backward_, static_cast<const T*>(nullptr), deltas + delta_[0] * n, gradient,
-           vectors, false, [](int, int) {});
+    affine(time_backward_, nullptr, deltas + delta_[0] * n, gradient,
+           vectors, false, nullptr, [](int, int) {});
   }
 
   // --- gradients of the weights
@@ -346,7 +376,7 @@ class Mlp {
   // Size of an accumulator of all weights' gradients.
   std::size_t gradient_size() const {
     std::size_t size = 0;
-    for (int l = 0; l < shape_.layers(); ++l) size += gradient_blocks(l).size();
+    for (int l = 0; l < shape_.layers(); ++l) size += layer_gradient(l).size();
     return size;
   }
 
@@ -359,41 +389,30 @@ class Mlp {
       for (std::size_t i = 0; i < pairs.size(); ++i) {
         pairs[i] = {evaluations[i].delta + delta_[l] * n, evaluations[i].in + in_[l] * n};
       }
-      const GradientBlocks<T> blocks = gradient_blocks(l);
-      blocks.accumulate(pairs, vectors, gradient);
-      gradient += blocks.size();
+      const LayerGradient<T> layer = layer_gradient(l);
+      layer.accumulate(pairs, vectors, gradient);
+      gradient += layer.size();
     }
   }
 
   // The largest root mean square of a parameter's part of an accumulator, nan if there is one. Only
   // parameters that are not null in `wanted` count.
   double largest_rms(const T* values, const T* const* wanted) const {
-    constexpr int kSums = kGradientRows * kGradientColumns;
     double largest = 0;
-    auto note = [&](const T* is_wanted, double sum, std::int64_t count) {
+    auto note = [&](const T* is_wanted, const T* part, std::size_t size, std::int64_t count) {
+      Vec<T> squares{};  // padding is zero
+      for (std::size_t e = 0; e < size; e += kLanes<T>) squares += load(part + e) * load(part + e);
+      double sum = 0;
+      for (int i = 0; i < kLanes<T>; ++i) sum += double(squares[i]);
       const double rms = std::sqrt(sum / double(count));
       if (is_wanted && (rms > largest || rms != rms)) largest = rms;  // nan stays
     };
     for (int l = 0; l < shape_.layers(); ++l) {
-      const GradientBlocks<T> blocks = gradient_blocks(l);
-      T first[kSums] = {}, others[kSums] = {};  // by place in a block: the first columns', the rest
-      for (int rb = 0; rb < blocks.row_blocks(); ++rb) {
-        for (int cb = 0; cb < blocks.column_blocks(); ++cb, values += kSums) {
-          T* sums = cb == 0 ? first : others;
-          for (int k = 0; k < kSums; ++k) sums[k] += values[k] * values[k];
-        }
-      }
-      const int lead = l == 0 && shape_.time_dependent ? 1 : 0;
-      double weight = 0, bias = 0;
-      for (int k = 0; k < kSums; ++k) {
-        const int column = k % kGradientColumns;
-        const bool no_parameter = l == 0 && column == 1 && !lead;
-        weight += double(others[k]);
-        if (!no_parameter) (column == 0 ? bias : weight) += double(first[k]);
-      }
-      const std::int64_t rows = shape_.outputs(l);
-      note(wanted[2 * l], weight, rows * (shape_.inputs(l) + lead));
-      note(wanted[2 * l + 1], bias, rows);
+      const LayerGradient<T> layer = layer_gradient(l);
+      const std::size_t weight_size = layer.weight_size();
+      note(wanted[2 * l], values, weight_size, std::int64_t(layer.rows) * layer.columns);
+      note(wanted[2 * l + 1], values + weight_size, layer.size() - weight_size, layer.rows);
+      values += layer.size();
     }
     return largest;
   }
@@ -402,38 +421,38 @@ class Mlp {
   void unpack_gradient(const T* gradient, bool backwards, T* const* out) const {
     const T sign = backwards ? T(-1) : T(1);
     for (int l = 0; l < shape_.layers(); ++l) {
-      const GradientBlocks<T> blocks = gradient_blocks(l);
-      const int in = shape_.inputs(l), lead = l == 0 && shape_.time_dependent ? 1 : 0;
+      const LayerGradient<T> layer = layer_gradient(l);
+      const int lead = l == 0 && shape_.time_dependent ? 1 : 0;
       const T scale = l == shape_.hidden_layers ? sign : T(1);
       T* weight = out[2 * l];
       T* bias = out[2 * l + 1];
-      for (int j = 0; j < shape_.outputs(l); ++j) {
-        if (bias) bias[j] = scale * gradient[blocks.index(j, 0)];
-        if (!weight) continue;
-        if (lead) *weight++ = sign * gradient[blocks.index(j, 1)];
-        for (int i = 0; i < in; ++i) {
-          *weight++ = scale * gradient[blocks.index(j, i + (l == 0 ? kInputRows : 1))];
+      for (int j = 0; j < layer.rows; ++j) {
+        if (bias) bias[j] = scale * gradient[layer.weight_size() + j];
+        for (int i = 0; weight && i < layer.columns; ++i) {
+          // The time's column is the first layer's, the sign is the last layer's and the time's.
+          *weight++ = (lead && i == 0 ? sign : scale) * gradient[layer.index(j, i)];
         }
       }
-      gradient += blocks.size();
+      gradient += layer.size();
     }
   }
 
  private:
-  const T* time_row(const T* input, int n) const {
-    return shape_.time_dependent ? input + n : nullptr;
+  const T* time_row(const T* input) const {
+    return shape_.time_dependent ? input : nullptr;
   }
 
-  GradientBlocks<T> gradient_blocks(int l) const {
-    return {shape_.outputs(l), shape_.inputs(l) + (l == 0 ? kInputRows : 1)};
+  LayerGradient<T> layer_gradient(int l) const {
+    return {shape_.outputs(l), shape_.inputs(l) + (l == 0 && shape_.time_dependent ? 1 : 0)};
   }
 
   // First rows of each layer's part of a record and of the deltas, padded to the blocks of the
   // weight gradient. Slopes are there where the activation wants them.
   void lay_out_record() {
+    record_rows_ = shape_.time_dependent ? 0 : kInputRows;  // then the time is no input
     for (int l = 0; l < shape_.layers(); ++l) {
       in_.push_back(record_rows_);
-      record_rows_ += round_up(gradient_blocks(l).columns, kGradientColumns);
+      record_rows_ += round_up(layer_gradient(l).columns, kGradientColumns);
       delta_.push_back(delta_rows_);
       delta_rows_ += round_up(shape_.outputs(l), kGradientRows);
     }

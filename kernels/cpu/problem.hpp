@@ -98,8 +98,15 @@ struct Trace {
   std::vector<Buffer<T>> states;  // before each step: y and, if taken over, f, of every tile
   std::size_t tile_size = 0;      // numbers a tile has in a state
   std::vector<Buffer<T>> records;
+  Buffer<T> start_records;      // of the evaluation before the first step
   std::size_t record_size = 0;  // numbers an evaluation has in the records
   std::vector<std::vector<RowStep<T>>> row_steps;  // of each tile
+
+  // Whether the gradient has to evaluate nothing.
+  bool has_all_records() const {
+    return start_records && std::all_of(steps.begin(), steps.end(),
+                                        [](const Step<T>& step) { return step.records; });
+  }
 };
 
 }  // namespace anode

@@ -268,6 +268,53 @@ inline void scaled_squares(const T* value, const T* minus, const T* y0, const T*
   }
 }
 
+// Takes steps from `t` until one reaches `end`, or ends there exactly if it `lands`, and counts
+// them. attempt(t0, t1) makes a step and returns its error ratio; accept() keeps the last one made.
+// Returns the step to go on with. `result` gets the outcome, and of a failure t and dt.
+template <class Attempt, class Accept>
+double take_steps(const Controller& controller, const Options& options, double t, double end,
+                  bool lands, double dt, Attempt attempt, Accept accept, Result& result) {
+  auto rounded = [&](double x) { return options.float_time ? double(float(x)) : x; };
+  auto fail = [&](Status status) {
+    result.status = status;
+    result.t = t;
+    result.dt = dt;
+    return dt;
+  };
+  if (!std::isfinite(dt)) return fail(kNonFinite);
+  dt = rounded(controller.clamp(dt));
+  const std::int64_t before = result.accepted + result.rejected;
+  double ratio = 0, non_finite_at = t;
+  int non_finite = 0;
+  while (t < end) {
+    if (result.accepted + result.rejected - before >= options.max_num_steps) return fail(kMaxSteps);
+    double t1 = rounded(t + dt);
+    if (!(t1 > t)) return fail(std::isfinite(ratio) ? kUnderflow : kNonFinite);
+    if (lands && end <= t1) {
+      t1 = end;
+      dt = rounded(t1 - t);
+    }
+    ratio = attempt(t, t1);
+    if (controller.accepts(dt, ratio)) {
+      accept();
+      ++result.accepted;
+      if (t1 >= non_finite_at) non_finite = 0;
+      t = t1;
+    } else {
+      ++result.rejected;
+      if (!std::isfinite(ratio)) {
+        ++non_finite;
+        non_finite_at = t1;
+        if (dt <= controller.min_step || non_finite == kMostNonFiniteAttempts) {
+          return fail(kNonFinite);
+        }
+      }
+    }
+    dt = rounded(controller.next_step(dt, ratio));
+  }
+  return dt;
+}
+
 // --- the solver -----------------------------------------------------------------------------------
 
 // What a thread needs to take a tile through a step.
@@ -289,7 +336,6 @@ struct Workspace {
     h = take(1);
     sums = take(1);
     row_weights = take(Tableau::kMostStages);
-    std::fill_n(input, kTileRows<T>, T(1));
   }
 
   static std::size_t rows(const Field& field, int stages) {
@@ -358,7 +404,7 @@ class Solver {
     T* input = record ? record : w.input;
     if (y) std::copy_n(y, dim_ * tile.lanes, input + Field::kInputRows * tile.lanes);
     const bool adaptive = options_.control != std::int32_t(Control::fixed);
-    fill_node(at, c, adaptive, input + tile.lanes, tile.lanes);
+    fill_node(at, c, adaptive, input, tile.lanes);
     if (record) {
       field_.evaluate_recording(record, derivative, tile.vectors);
     } else {
@@ -491,8 +537,6 @@ class Solver {
 
   // --- adaptive steps
 
-  double rounded(double t) const { return options_.float_time ? double(float(t)) : t; }
-
   // Sum over the tile's rows of the squares in w.sums.
   double total(const Tile& tile, const Workspace<Field>& w) const {
     double sum = 0;
@@ -523,11 +567,14 @@ class Solver {
 
     // The first derivative and the first step.
     T* current = make_state(0);
+    T* start_records = make_records(0) ? make_start_records() : nullptr;
     const bool choose = options_.first_step == 0;
     for_each_tile([&](const Tile& tile, Workspace<Field>& w) {
       T *y = current + tile.index * tile_size, *f = y + dim_ * tile.lanes;
       if (!start(tile, y)) bad_input = true;
-      evaluate(tile, w, {t_start, t_start}, 0.0, y, f);
+      T* record = start_records ? start_records + tile.index * trace_->record_size : nullptr;
+      if (record) field_.prepare_record(record, tile.vectors);
+      evaluate(tile, w, {t_start, t_start}, 0.0, y, f, record);
       if (!choose) return;
       scaled_squares<T>(y, nullptr, y, nullptr, rtol, atol, dim_, tile.lanes, w.sums);
       sums0[tile.index] = total(tile, w);
@@ -558,22 +605,13 @@ class Solver {
         dt = std::nan("");
       }
     }
-    double t0 = t_start;
-    if (!std::isfinite(dt)) return fail_at(kNonFinite, t0, dt, current);
-    dt = rounded(controller_.clamp(dt));
-
-    double ratio = 0, non_finite_at = t0;
-    int non_finite = 0;
-    while (t0 < t_end) {
-      const std::int64_t attempts = result_.accepted + result_.rejected;
-      if (attempts >= options_.max_num_steps) return fail_at(kMaxSteps, t0, dt, current);
-      const double t1 = rounded(t0 + dt);
-      if (!(t1 > t0)) {
-        return fail_at(std::isfinite(ratio) ? kUnderflow : kNonFinite, t0, dt, current);
-      }
-      T* next = make_state(std::size_t(result_.accepted) + 1);
+    T* next = nullptr;
+    Step<T> made{};
+    auto attempt = [&](double t0, double t1) {
+      next = make_state(std::size_t(result_.accepted) + 1);
       T* records = make_records(std::size_t(result_.accepted));
       const auto [first, end] = outputs_inside(t0, t1);
+      made = {t0, t1, first, end, true, method_.last_at_solution, current, records};
       for_each_tile([&, first = first, end = end](const Tile& tile, Workspace<Field>& w) {
         const Interval at{t0, t1};
         const T* y0 = current + tile.index * tile_size;
@@ -591,30 +629,14 @@ class Solver {
         for (std::int64_t o = first; o < end; ++o) write_interpolated(tile, w, at, y0, o);
       });
       result_.nfe += method_.stages - 1;
-      ratio = rms(sums0);
-      if (controller_.accepts(dt, ratio)) {
-        if (trace_) {
-          trace_->steps.push_back(
-              {t0, t1, first, end, true, method_.last_at_solution, current, records});
-        }
-        ++result_.accepted;
-        if (t1 >= non_finite_at) non_finite = 0;
-        t0 = t1;
-        current = next;
-      } else {
-        ++result_.rejected;
-        if (!std::isfinite(ratio)) {
-          ++non_finite;
-          non_finite_at = t1;
-          if (dt <= controller_.min_step || non_finite == kMostNonFiniteAttempts) {
-            return fail_at(kNonFinite, t0, dt, current);
-          }
-        }
-      }
-      dt = rounded(controller_.next_step(dt, ratio));
-    }
-    result_.t = t0;
-    result_.dt = dt;
+      return rms(sums0);
+    };
+    auto accept = [&] {
+      if (trace_) trace_->steps.push_back(made);
+      current = next;
+    };
+    take_steps(controller_, options_, t_start, t_end, false, dt, attempt, accept, result_);
+    if (result_.status) leave(current);
   }
 
   // Memory for the records of a step, null if there is to be none.
@@ -627,11 +649,13 @@ class Solver {
     return trace_->records[step].get();
   }
 
+  T* make_start_records() const {
+    trace_->start_records = Buffer<T>(trace_->record_size * tiles_.count());
+    return trace_->start_records.get();
+  }
+
   // Leaves the state and the derivative from which the solve could not go on.
-  void fail_at(Status status, double t, double dt, const T* state) {
-    result_.status = status;
-    result_.t = t;
-    result_.dt = dt;
+  void leave(const T* state) const {
     const std::size_t tile_size = 2 * std::size_t(dim_) * kTileRows<T>;
     for (std::int64_t i = 0; i < tiles_.count(); ++i) {
       const Tile tile = tiles_[i];
