@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,7 @@ STEP = "optimizer step"
 ZERO_GRAD = "zero_grad"
 REST = "data and the rest"  # getting the batch, calling the net, reading the loss
 PARTS = (SOLVE, GRADIENT, LOSS, STEP, ZERO_GRAD, REST)
+_INTERVALS = (REST, ZERO_GRAD, REST, SOLVE, LOSS, GRADIENT, STEP, REST)  # as they follow in time
 
 
 @dataclass
@@ -78,88 +80,76 @@ class Run:
             The loss of the iteration.
         """
         device = next(net.parameters()).device
-        watch = _Stopwatch(device)
+        clock = _clock(device)
+        times: list[float] = []  # the ends of `_INTERVALS`, after the start of the first
         batches = iter(batches)
-        with _watched(net.block, watch):
+        with _watched(net.block, lambda: times.append(clock())):
             while True:
-                watch.start()
+                times[:] = [clock()]
                 batch = next(batches, None)
                 if batch is None:
                     return
                 x, y = (tensor.to(device) for tensor in batch)
-                watch.ends(REST)
+                times.append(clock())
                 try:
                     optimizer.zero_grad()
-                    watch.ends(ZERO_GRAD)
+                    times.append(clock())
                     loss = loss_function(net(x), y)
                     loss.backward()
-                    watch.ends(GRADIENT)
+                    times.append(clock())
                     optimizer.step()
-                    watch.ends(STEP)
                 except AssertionError as error:  # torchdiffeq raises these, and SolverError is one
                     if isinstance(error, (TypeError, ValueError)):
                         raise  # a wrong argument is a mistake in the program, not a failed solve
                     self.failure = f"{type(error).__name__}: {error}"
                     return
+                times.append(clock())
                 value = loss.item()
-                watch.ends(REST)
+                times.append(clock())
                 if not math.isfinite(value):
                     self.failure = f"loss is {value} at iteration {len(self.losses)}"
                     return
-                stats = net.block.stats
-                self.backend = stats.backend
-                self.losses.append(value)
-                self.nfe.append(stats.nfe)
-                self.nfe_backward.append(stats.nfe_backward)
-                self.seconds.append(sum(watch.seconds.values()))
-                for part, seconds in watch.seconds.items():
-                    self.parts[part].append(seconds)
+                self._record(value, net.block.stats, times)
                 yield value
+
+    def _record(self, loss: float, stats: Any, times: list[float]) -> None:
+        self.backend = stats.backend
+        self.losses.append(loss)
+        self.nfe.append(stats.nfe)
+        self.nfe_backward.append(stats.nfe_backward)
+        self.seconds.append(times[-1] - times[0])
+        parts = dict.fromkeys(PARTS, 0.0)
+        for part, (start, end) in zip(_INTERVALS, pairwise(times), strict=True):
+            parts[part] += end - start
+        for part, seconds in parts.items():
+            self.parts[part].append(seconds)
 
 
 def _median_ms(seconds: list[float]) -> float:
     return 1e3 * median(seconds) if seconds else math.nan
 
 
-class _Stopwatch:
-    """Wall clock of the parts of an iteration. On a GPU it waits, at each mark, for what is queued.
+def _clock(device: torch.device) -> Callable[[], float]:
+    """What tells the seconds; on a GPU, once everything queued is done."""
 
-    Attributes:
-        seconds: Of each part since the start.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.start()
-
-    def start(self) -> None:
-        """Begins an iteration."""
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._last = self._now()
-
-    def ends(self, part: str) -> None:
-        """The time since the last mark was that part's."""
-        now = self._now()
-        self.seconds[part] += now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def synchronized() -> float:
+        torch.cuda.synchronize(device)
         return time.perf_counter()
+
+    return synchronized if device.type == "cuda" else time.perf_counter
 
 
 @contextlib.contextmanager
-def _watched(block: nn.Module, watch: _Stopwatch) -> Iterator[None]:
-    """Tells the solve, and its gradient, from what is before and after them."""
+def _watched(block: nn.Module, mark: Callable[[], None]) -> Iterator[None]:
+    """Calls `mark` before the solve, after it, and before its gradient."""
 
     def solved(block: nn.Module, args: Any, output: Tensor) -> None:
-        watch.ends(SOLVE)
-        # Its gradient is there once that of loss and linear layer is done.
-        output.register_hook(lambda grad: watch.ends(LOSS))
+        mark()
+        # The gradient of its output is there once those of loss and linear layer are done.
+        output.register_hook(lambda grad: mark())
 
     hooks = [
-        block.register_forward_pre_hook(lambda block, args: watch.ends(REST)),
+        block.register_forward_pre_hook(lambda block, args: mark()),
         block.register_forward_hook(solved),
     ]
     try:

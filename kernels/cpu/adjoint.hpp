@@ -12,7 +12,7 @@
 namespace anode {
 
 // Memory of all groups' weight gradients, and the most and least groups.
-constexpr std::size_t kMostGradientBytes = std::size_t(32) << 20;
+constexpr std::size_t kMostGradientBytes = std::size_t(8) << 20;
 constexpr std::int64_t kMostGroups = 64, kLeastGroups = 8;
 
 // Groups of tiles, at least one, whose sums take `bytes` each.
