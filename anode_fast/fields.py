@@ -6,7 +6,7 @@ share of an affine layer is known without reading the state: it goes into the bi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, cast
 
 import torch
@@ -85,11 +85,19 @@ class MLPField(nn.Module):
         Raises:
             InvalidArgument, InvalidType: Shapes or dtypes that do not fit.
         """
+        return self.evaluate(self.tensors(), t, y)
+
+    def evaluate(self, tensors: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt as `forward` gives it, with these tensors in the place of the field's own.
+
+        Args:
+            tensors: Like what `tensors()` returns.
+            t, y: As in `forward`.
+        """
         # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
         self.__dict__["nfe"] += 1
         act = _FUNCTIONS[self.activation]
-        first, *others = cast("list[nn.Linear]", self.layers)
-        weight = first.weight
+        weight, bias = tensors[:2]
         if y.shape[-1:] != (self.dim,) or y.dim() > 2:
             _refuse_state("MLPField", y, f"(batch, {self.dim}) or ({self.dim},)")
         _check_dtype("MLPField", y, weight)
@@ -97,15 +105,15 @@ class MLPField(nn.Module):
             _check_time("MLPField", t, y)
             # One split, not two slices: its backward pass is one operation.
             w_time, w_state = weight.t().split_with_sizes((1, self.dim))
-            bias = torch.addcmul(first.bias, t, w_time)
+            bias = torch.addcmul(bias, t, w_time)
             if y.dim() == 2:
                 h = torch.addmm(bias, y, w_state)
             else:
                 h = y @ w_state + bias[0]
         else:
-            h = F.linear(y, weight, first.bias)
-        for layer in others:
-            h = F.linear(act(h), layer.weight, layer.bias)
+            h = F.linear(y, weight, bias)
+        for weight, bias in zip(tensors[2::2], tensors[3::2], strict=True):
+            h = F.linear(act(h), weight, bias)
         return h
 
     def tensors(self) -> list[Tensor]:

@@ -79,8 +79,14 @@ def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -
         return f"the state is {y0.dtype} on {y0.device}, want float32 or float64 on the CPU"
     if y0.dim() != 2 or problem.layout is not None:
         return "the state is not one tensor [batch, dim]"
+    if y0.shape[1] != spec.dim:
+        return f"the state has {y0.shape[1]} columns, and the field {spec.dim}"
+    if len(problem.times) == 1:
+        return "there is nothing to solve"
     if not all(type(x) in _PLAIN for x in (y0, *parameters)):
         return "the state or a weight is no plain tensor"
+    if tuple(p.shape for p in parameters) != _shapes(spec):
+        return "the layers have other shapes than the field was made with"
     if any(p.dtype != y0.dtype or not p.is_cpu for p in parameters):
         return "the weights have another dtype or device than the state"
     if problem.shifts is not None:
@@ -95,7 +101,7 @@ def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -
     if any(hasattr(func, name) for name in _CALLBACKS):
         return "the field has callbacks"
     if _has_hooks(func):
-        return "the field has hooks, which would not run"
+        return "the field has hooks or a forward of its own, which would not run"
     if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return _why_not_now()
@@ -131,10 +137,18 @@ def _why_not_now() -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=256)
+def _shapes(spec: MLPSpec) -> tuple[tuple[int, ...], ...]:
+    """Of weight and bias of every layer."""
+    widths = (spec.dim + spec.time_dependent, *spec.hidden, spec.dim)
+    return tuple(shape for n, m in itertools.pairwise(widths) for shape in ((m, n), (m,)))
+
+
 def _has_hooks(func: Any) -> bool:
     members = func.__dict__
     return bool(
-        members["_forward_hooks"]
+        "forward" in members
+        or members["_forward_hooks"]
         or members["_forward_pre_hooks"]
         or members["_backward_hooks"]
         or members["_backward_pre_hooks"]
@@ -217,7 +231,7 @@ def prepare(
         data_dim=data_dim,
         rtol=problem.rtol,
         atol=problem.atol,
-        max_num_steps=int(options.get("max_num_steps", DEFAULT_MAX_STEPS)),
+        max_num_steps=min(int(options.get("max_num_steps", DEFAULT_MAX_STEPS)), 2**63 - 1),
         **{"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2, "max_step": float("inf"), **given},
     )
     native = Native(
@@ -317,17 +331,20 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     backwards = times[0] > times[-1] if times else False
     if backwards:
         times = [-time for time in times]
-    if len(times) < 2 or not all(map(operator.lt, times, times[1:])) or math.isinf(times[-1]):
+    if len(times) < 2 or not all(map(operator.lt, times, times[1:])):
+        return None
+    if math.isinf(times[0]) or math.isinf(times[-1]):
         return None
     dtype, tensors = x.dtype, field.tensors()
     for tensor in tensors:
-        if tensor.dtype is not dtype or not tensor.is_cpu or type(tensor) not in _PLAIN:
+        if type(tensor) not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
             return None
     settings = (
         *key,
         *(members["dim"], members["hidden_dim"], members["num_hidden"]),
         *(members["activation"], members["time_dependent"]),
         *(dtype, x.shape[1], t.dtype, backwards),
+        *[tensor.shape for tensor in tensors],
     )
     return Memo(settings, _remembered.get(settings), times, tensors)
 
@@ -356,7 +373,8 @@ class Call:
         mlp: The field. Its evaluations are counted in `nfe`.
         times: Output times, increasing solver time.
         grid: Grid of fixed steps; if empty it is made from the times.
-        problem: Makes the problem in normal form from x, for errors and second derivatives.
+        problem: Makes the problem in normal form from x, for errors, and for second derivatives
+            from x and the field's tensors.
         stats: The counts.
         checkpoints: Of the forward solve.
     """
@@ -365,7 +383,7 @@ class Call:
     mlp: MLP
     times: list[float]
     grid: Sequence[float]
-    problem: Callable[[Tensor], Problem]
+    problem: Callable[[Tensor, Sequence[Tensor] | None], Problem]
     stats: SolveStats = field(default_factory=lambda: SolveStats("cpu"))
     checkpoints: cpu.Checkpoints | None = None
 
@@ -394,7 +412,7 @@ class Call:
         if result.status:
             if result.status <= Status.NON_FINITE:
                 stats.status = Status(result.status)
-            raise _failure(self.problem(x), self.native, result, solution)
+            raise _failure(self.problem(x, None), self.native, result, solution)
         self.checkpoints = checkpoints
         return solution
 
@@ -412,6 +430,7 @@ class Call:
         parameters = [p if p.is_contiguous() else p.contiguous() for p in parameters]
         like_x = x if for_x else None
         grads: Sequence[Tensor | None]
+        solved_again = 0
         if native.adjoint is not None and solution is not None:
             x_grad, grads, result = native.adjoint.solve.continuous_gradient(
                 *(solution, parameters, self.times, grad, like_x, wanted),
@@ -419,18 +438,20 @@ class Call:
                 native.seminorm,
             )
         else:
-            if self.checkpoints is None:
+            once_more = self.checkpoints is None
+            if once_more:
                 self.solve(x, parameters, keep=True)
             x_grad, grads, result = native.solve.discrete_gradient(
                 self.checkpoints, parameters, grad, like_x, any(wanted)
             )
-            if not native.keep_steps:
+            if once_more:
+                solved_again = self.stats.nfe
                 self.checkpoints = None
-        self.stats.nfe_backward = result.nfe
+        self.stats.nfe_backward = result.nfe + solved_again
         self.stats.launches += 1
         self.mlp.__dict__["nfe"] += result.nfe
         if result.status:
-            raise _adjoint_failure(self.problem(x), result)
+            raise _adjoint_failure(self.problem(x, None), result)
         found = [g if need else None for g, need in zip(grads, wanted, strict=False)]
         return [x_grad, *(found or [None] * len(wanted))]
 
@@ -500,9 +521,17 @@ class _Solve(torch.autograd.Function):
         call: Call = ctx.call
         solution, x, *parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(grad):
             return None, *_differentiable_gradient(call, grad, x, parameters, needs)
         return None, *call.gradient(grad, solution, x, parameters, needs)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether vmap (is_grads_batched, vectorized Jacobians) runs over the backward pass."""
+    functorch: Any = torch._C._functorch
+    return bool(
+        functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    )
 
 
 def _differentiable_gradient(
@@ -510,11 +539,17 @@ def _differentiable_gradient(
 ) -> list[Tensor | None]:
     """The gradient by autograd through the reference solver: it can be differentiated again."""
     before = call.mlp.__dict__["nfe"]
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        solution = reference.solve(call.problem(x), SolveStats(), by_row=call.native.by_row)
+        problem = call.problem(x, parameters)
+        solution = reference.solve(problem, SolveStats(), by_row=call.native.by_row)
         call.stats.nfe_backward = call.mlp.__dict__["nfe"] - before
         wanted = [p for p, need in zip((x, *parameters), needs, strict=True) if need]
-        grads = iter(torch.autograd.grad([solution], wanted, [grad], create_graph=True))
+        grads = iter(
+            torch.autograd.grad(
+                [solution], wanted, [grad], create_graph=create_graph, materialize_grads=True
+            )
+        )
     return [next(grads) if need else None for need in needs]
 
 
@@ -602,7 +637,7 @@ def _no_field(t: Tensor, y: Tensor) -> Tensor:
 def _call(x: Tensor, t: Tensor, call: str) -> Call:
     _, columns, _, arguments = _recipe(call)
 
-    def problem(x: Tensor) -> Problem:
+    def problem(x: Tensor, tensors: Sequence[Tensor] | None) -> Problem:
         return make_problem(_no_field, F.pad(x, (0, columns)), t, **arguments)
 
     times = t.tolist()
@@ -610,7 +645,7 @@ def _call(x: Tensor, t: Tensor, call: str) -> Call:
     if backwards:
         times = [-time for time in times]
     if not all(map(operator.lt, times, times[1:])) or len(times) < 2:
-        problem(x)  # says what is wrong with the times
+        problem(x, None)  # says what is wrong with the times
     return Call(_native(call, x.dtype, backwards), types.SimpleNamespace(nfe=0), times, (), problem)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -287,12 +287,14 @@ def solve(
     key = settings.key() if mlp is not None and isinstance(x, Tensor) else None
     memo = None
     if mlp is not None and isinstance(x, Tensor) and key:
-        if torch.compiler.is_compiling() and _can_compile(settings):
+        fits = x.dim() == 2 and x.shape[1] + columns == mlp.dim
+        if torch.compiler.is_compiling() and fits and _can_compile(settings):
             return _compiled(mlp, x, t, settings, columns)
         memo = fused.look_up(mlp, x, t, (columns, *key))
 
-    def problem_from(x: Tensor) -> Problem:
-        return settings.problem(func, pad(x, columns), t)
+    def problem_from(x: Tensor, tensors: Sequence[Tensor] | None) -> Problem:
+        field = func if tensors is None or mlp is None else functools.partial(mlp.evaluate, tensors)
+        return settings.problem(field, pad(x, columns), t)
 
     if memo and memo.native and mlp is not None and isinstance(x, Tensor):
         call = fused.Call(memo.native, mlp, memo.times, (), problem_from)

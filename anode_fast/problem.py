@@ -519,7 +519,8 @@ def _check_options(
 def _warn(message: str) -> None:
     """A warning that points at the line which called the package."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("anode_fast."):
+    ours = ("anode_fast.", "torch.nn.modules.")  # a block is called through nn.Module
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(ours):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 

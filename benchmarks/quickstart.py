@@ -1,7 +1,10 @@
 """Concentric spheres: a neural ODE beside an augmented one, anode_fast beside torchdiffeq.
 
-Each model is trained twice, from the same weights on the same batches in the same order. The two
-trainings of a model take turns, iteration by iteration, so noise of the machine hits both alike.
+Each model is trained twice, from the same weights on the same batches in the same order, with the
+same optimizer. The two trainings of a model take turns of a few iterations each, so noise of the
+machine hits both alike. The time of an iteration is the whole loop's, from getting the batch to
+reading the loss, and its parts are timed as well: they show how much of it a faster solver could
+still save.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -31,18 +35,27 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from tqdm import tqdm
 
 import anode_fast
 from anode_fast import ODENet, SolverError
+from anode_fast.kernels.cpu import library
+from benchmarks import machine
 from benchmarks.baselines import with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
-from benchmarks.train import Run
+from benchmarks.train import GRADIENT, PARTS, SOLVE, STEP, Run
 
 SOLVERS = ("anode_fast", "torchdiffeq")
-FAST_EPOCHS = 6
+ADJOINT = "torchdiffeq, odeint_adjoint"
+ADAMS: dict[str, dict[str, Any]] = {
+    "Adam": {},
+    "Adam, foreach": {"foreach": True},
+    "Adam, fused": {"fused": True},
+}
+FAST = {"epochs": 3, "varied": 20}
 COMPARED = 50  # iterations over which the loss curves of the two solvers are compared
+IN_A_ROW = 10  # iterations per turn: its own code and data are in the caches then, as when alone
+WARMUP = 5
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ class Config:
     gradient: str = "discrete"  # of anode_fast; torchdiffeq goes back through its operations
     batch_size: int = 64
     learning_rate: float = 1e-3
-    epochs: int = 50
+    epochs: int = 20  # the paper: 50; most of the time goes to torchdiffeq
+    varied: int = 40  # iterations with each of the variants
     num_inner: int = 1000
     num_outer: int = 2000
     seed: int = 0
@@ -70,34 +84,62 @@ class Config:
 
 @dataclass
 class Trained:
-    """One model, trained once with each solver."""
+    """One model, trained once with each solver.
+
+    Attributes:
+        name: Of the model.
+        nets: By solver, trained.
+        runs: By solver, all iterations.
+        variants: By solver and optimizer, the first iterations alone.
+    """
 
     name: str
     nets: dict[str, ODENet]
     runs: dict[str, Run]
+    variants: dict[tuple[str, str], Run]
 
     @property
     def ratio(self) -> float:
         """How many times as long torchdiffeq takes for an iteration, by the medians."""
-        ours, theirs = (_milliseconds(self.runs[solver]) for solver in SOLVERS)
-        return theirs / ours
+        ours, theirs = (self.runs[solver] for solver in SOLVERS)
+        return theirs.milliseconds / ours.milliseconds
 
     @property
-    def ratio_at_equal_nfe(self) -> float:
-        """The same, of the iterations in which both evaluated the field equally often.
+    def ratio_of_totals(self) -> float:
+        """The same by the time of all iterations that both made.
 
-        The trainings drift apart, as rounding does in any training; so do their evaluations.
+        On a busy machine almost every long iteration is interrupted, but few of the short ones: the
+        medians then flatter the faster side. On a quiet one the two ratios agree.
         """
+        ours, theirs = (self.runs[solver].seconds for solver in SOLVERS)
+        count = min(len(ours), len(theirs))
+        return sum(theirs[:count]) / sum(ours[:count]) if count else math.nan
+
+    @property
+    def bound(self) -> float:
+        """What `ratio` would be if our solve and its gradient took no time."""
         ours, theirs = (self.runs[solver] for solver in SOLVERS)
-        pairs = zip(ours.nfe, theirs.nfe, ours.seconds, theirs.seconds, strict=False)
-        equal = [(a, b) for nfe, other, a, b in pairs if nfe == other]
-        return median(b for _, b in equal) / median(a for a, _ in equal) if equal else math.nan
+        others = (part for part in PARTS if part not in (SOLVE, GRADIENT))
+        return theirs.milliseconds / ours.milliseconds_of(*others)
 
     @property
     def loss_difference(self) -> float:
         """Largest difference of the two loss curves over the first iterations."""
         ours, theirs = (self.runs[solver].losses[:COMPARED] for solver in SOLVERS)
         return max((abs(a - b) for a, b in zip(ours, theirs, strict=False)), default=math.nan)
+
+    def summary(self) -> str:
+        """The ratio and what bounds it, in words."""
+        ours = self.runs["anode_fast"]
+        solve, step = ours.milliseconds_of(SOLVE, GRADIENT), ours.milliseconds_of(STEP)
+        return (
+            f"{self.name}: {self.ratio:.1f} times torchdiffeq's speed by the medians, "
+            f"{self.ratio_of_totals:.1f} by the totals. The solve and its gradient take "
+            f"{solve:.2f} of anode_fast's {ours.milliseconds:.2f} ms, the optimizer {step:.2f}: "
+            f"even an infinitely fast solver would give at most {self.bound:.1f} times "
+            f"torchdiffeq's speed. Over the first {COMPARED} iterations the two loss curves differ by at most "
+            f"{self.loss_difference:.1e}."
+        )
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -107,9 +149,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="train a NODE and an ANODE on concentric spheres, with anode_fast and torchdiffeq",
         description=__doc__,
     )
-    parser.add_argument("--fast", action="store_true", help=f"{FAST_EPOCHS} epochs, under 30 s")
+    parser.add_argument("--fast", action="store_true", help=f"{FAST['epochs']} epochs, about 10 s")
     parser.add_argument(
-        "--epochs", type=_positive, help=f"default {Config.epochs}, as in the paper"
+        "--epochs", type=_positive, help=f"default {Config.epochs}; the paper trains for 50"
     )
     parser.add_argument(
         "--gradient",
@@ -148,19 +190,19 @@ def _device(text: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the benchmark as the command line says."""
-    epochs = args.epochs or (FAST_EPOCHS if args.fast else Config.epochs)
+    sizes = (FAST if args.fast else {}) | ({"epochs": args.epochs} if args.epochs else {})
     config = Config(
-        epochs=epochs,
         gradient=args.gradient,
         seed=args.seed,
         device=args.device,
         threads=args.threads,
+        **sizes,
     )
     run(config, args.out, Console())
 
 
 def run(config: Config, out: Path, console: Console) -> list[Trained]:
-    """Trains, prints the table, and writes quickstart.json and the pictures to `out`.
+    """Trains, prints the tables, and writes quickstart.json and the pictures to `out`.
 
     The JSON is written anew, in one piece, whenever a model's runs are complete.
     """
@@ -175,28 +217,31 @@ def run(config: Config, out: Path, console: Console) -> list[Trained]:
         _write_json(out / "quickstart.json", config, results)  # before the work, not after it
     except OSError as error:
         raise SystemExit(f"quickstart: cannot write to --out {out}: {error.strerror}") from None
+    if library.missing():
+        why = f"anode_fast runs on its reference path, in PyTorch: {library.missing()}."
+        console.print(why, style="yellow", markup=False)
     for name in config.augment_dims:
         results.append(train(name, data, config))
         _write_json(out / "quickstart.json", config, results)
-    console.print(table(results, config))
+    for table in (_runs_table, _parts_table, _variants_table):
+        console.print(table(results, config))
     for model in results:
-        console.print(
-            f"{model.name}: where both took equally many evaluations, anode_fast is "
-            f"{model.ratio_at_equal_nfe:.2f}x as fast. Over the first {COMPARED} iterations the "
-            f"two loss curves differ by at most {model.loss_difference:.1e}."
-        )
+        if all(one.seconds for one in model.runs.values()):
+            console.print(model.summary(), highlight=False)
         for solver, one in model.runs.items():
             if one.failure:
                 ended = f"{model.name} with {solver} ended early: {one.failure}"
                 console.print(ended, style="red", markup=False)
     draw(results, data, config, out)
     seconds = time.perf_counter() - start
+    where = f"{_gpu(config) or ''} {machine.summary('torch', 'torchdiffeq')}".strip()
+    console.print(f"{where}; load average {_load() or 'unknown'}", markup=False)
     console.print(f"{seconds:.0f} s in all; pictures and figures are in {out}/", markup=False)
     return results
 
 
 def train(name: str, data: ConcentricSpheres, config: Config) -> Trained:
-    """Trains one model with both solvers, in turns."""
+    """Trains one model with both solvers, and for a few iterations with the variants."""
     torch.manual_seed(config.seed)
     net = ODENet(
         data_dim=data.points.shape[1],
@@ -208,69 +253,131 @@ def train(name: str, data: ConcentricSpheres, config: Config) -> Trained:
         atol=config.tolerance,
     ).to(config.device)
     nets = dict(zip(SOLVERS, (net, with_torchdiffeq(net)), strict=True))
-    runs = {solver: Run() for solver in SOLVERS}
-
-    def training(net: nn.Module, run: Run, epochs: int) -> Iterator[float]:
-        order = batches(data, config.batch_size, epochs, seed=config.seed)
-        optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
-        return run.train(net, order, optimizer)
-
-    for solver in SOLVERS:  # warm up on copies: first calls load, compile and allocate
-        for _ in zip(range(5), training(copy.deepcopy(nets[solver]), Run(), 1), strict=False):
-            pass
-    trainings = [training(nets[solver], runs[solver], config.epochs) for solver in SOLVERS]
-    total = config.epochs * -(-len(data) // config.batch_size)
-    with tqdm(total=total, desc=f"{name:>5}", unit="it") as bar:
-        for losses in _in_turns(trainings):
-            bar.set_postfix({"loss": f"{fmean(losses):.4f}"}, refresh=False)
-            bar.update()
-    return Trained(name, nets, runs)
+    varied = {(solver, adam): copy.deepcopy(nets[solver]) for adam in ADAMS for solver in SOLVERS}
+    varied[ADJOINT, "Adam"] = with_torchdiffeq(net, adjoint=True)
+    variants = _race(f"{name}, variants", varied, data, config, config.varied)
+    runs = _race(name, {(solver, "Adam"): net for solver, net in nets.items()}, data, config)
+    return Trained(name, nets, {solver: run for (solver, _), run in runs.items()}, variants)
 
 
-def _in_turns(trainings: list[Iterator[float]]) -> Iterator[list[float]]:
-    """One iteration of each, another one first each time, until all have ended."""
+def _race(
+    title: str,
+    nets: Mapping[tuple[str, str], ODENet],
+    data: ConcentricSpheres,
+    config: Config,
+    iterations: int | None = None,
+) -> dict[tuple[str, str], Run]:
+    """Trains nets in turns, each by `iterations` (all there are, if None).
+
+    Nets and runs are by solver and optimizer.
+    """
+
+    def training(net: ODENet, adam: str, run: Run, iterations: int | None) -> Iterator[float]:
+        order = batches(data, config.batch_size, config.epochs, seed=config.seed)
+        optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, **ADAMS[adam])
+        return run.train(net, islice(order, iterations), optimizer)
+
+    for (_, adam), net in nets.items():  # warm up on copies: first calls load and allocate
+        list(training(copy.deepcopy(net), adam, Run(), WARMUP))
+    runs = {key: Run() for key in nets}
+    trainings = [training(net, key[1], runs[key], iterations) for key, net in nets.items()]
+    everything = config.epochs * _iterations_per_epoch(config)
+    total = everything if iterations is None else min(iterations, everything)
+    with tqdm(total=total, desc=f"{title:>15}", unit="it") as bar:
+        for turns in _in_turns(trainings):
+            bar.set_postfix({"loss": f"{fmean(turn[-1] for turn in turns):.4f}"}, refresh=False)
+            bar.update(max(map(len, turns)))
+    return runs
+
+
+def _in_turns(trainings: list[Iterator[float]]) -> Iterator[list[list[float]]]:
+    """A few iterations of each, in the opposite order each time, until all have ended."""
     while True:
-        step = [(training, next(training, None)) for training in reversed(trainings)]
-        trainings = [training for training, loss in step if loss is not None]
+        turns = [(training, list(islice(training, IN_A_ROW))) for training in reversed(trainings)]
+        trainings = [training for training, losses in turns if losses]
         if not trainings:
             return
-        yield [loss for _, loss in step if loss is not None]
+        yield [losses for _, losses in turns if losses]
 
 
-def table(results: list[Trained], config: Config) -> Table:
+# ---- tables
+
+
+def _runs_table(results: list[Trained], config: Config) -> Table:
     """The figures of every run."""
     result = Table(
-        title=f"Concentric spheres, {config.epochs} epochs, {_gpu(config) or _cpu()}",
-        caption="loss: mean of the last epoch. NFE: mean evaluations of the field per iteration. "
-        "ms: median per training iteration. ratio: torchdiffeq's ms to the solver's.",
+        title=f"Concentric spheres, {config.epochs} epochs",
+        caption="loss: mean of the last epoch. NFE: mean evaluations of the field per iteration, "
+        "forward + backward. ms: median per training iteration. ratio: torchdiffeq's ms to the "
+        "solver's.",
     )
     for heading in ("model", "solver"):
         result.add_column(heading)
-    for heading in ("final loss", "NFE", "backward NFE", "ms/iter", "ratio"):
+    for heading in ("final loss", "NFE", "total s", "ms/iter", "ratio"):
         result.add_column(heading, justify="right")
     for model in results:
         for solver, run in model.runs.items():
             ratio = model.ratio if solver == "anode_fast" else 1.0
             result.add_row(
                 model.name,
-                solver,
+                f"{solver} (reference)" if run.backend == "reference" else solver,
                 f"{_final_loss(run, config):.5f}",
-                f"{_mean(run.nfe):.1f}",
-                f"{_mean(run.nfe_backward):.1f}",
-                f"{_milliseconds(run):.2f}",
+                f"{_mean(run.nfe):.1f} + {_mean(run.nfe_backward):.1f}",
+                f"{sum(run.seconds):.2f}",
+                f"{run.milliseconds:.2f}",
                 f"{ratio:.2f}",
                 end_section=solver == SOLVERS[-1],
             )
     return result
 
 
+def _parts_table(results: list[Trained], config: Config) -> Table:
+    """Where the time of an iteration goes."""
+    result = Table(
+        title="Parts of a training iteration, ms",
+        caption="Medians, so they do not quite add up. share: of anode_fast's whole iteration.",
+    )
+    result.add_column("")
+    for model in results:
+        for heading in (f"{model.name}:\nanode_fast", "\nshare", "torch-\ndiffeq"):
+            result.add_column(heading, justify="right")
+    pairs = [[model.runs[solver] for solver in SOLVERS] for model in results]
+    for part in PARTS:
+        cells = []
+        for ours, theirs in pairs:
+            ms = ours.milliseconds_of(part)
+            share = ms / ours.milliseconds
+            cells += [f"{ms:.3f}", f"{share:.0%}", f"{theirs.milliseconds_of(part):.3f}"]
+        result.add_row(part, *cells, end_section=part == PARTS[-1])
+    totals = [(f"{a.milliseconds:.3f}", "", f"{b.milliseconds:.3f}") for a, b in pairs]
+    result.add_row("whole iteration", *(cell for cells in totals for cell in cells))
+    return result
+
+
+def _variants_table(results: list[Trained], config: Config) -> Table:
+    """What other optimizers would change, and torchdiffeq's adjoint."""
+    result = Table(
+        title=f"The first {config.varied} iterations with other optimizers, ms",
+        caption="Both sides with the same optimizer, medians. Last row: torchdiffeq solves the "
+        "adjoint ODE backwards, with Adam; anode_fast as in the first row.",
+    )
+    result.add_column("")
+    for model in results:
+        for heading in (f"{model.name}:\nanode_fast", "torch-\ndiffeq", "\nratio"):
+            result.add_column(heading, justify="right")
+    rows = {adam: [(solver, adam) for solver in SOLVERS] for adam in ADAMS}
+    rows["odeint_adjoint"] = [("anode_fast", "Adam"), (ADJOINT, "Adam")]
+    for name, sides in rows.items():
+        cells = []
+        for model in results:
+            ours, theirs = (model.variants[side].milliseconds for side in sides)
+            cells += [f"{x:.2f}" for x in (ours, theirs, theirs / ours)]
+        result.add_row(name, *cells)
+    return result
+
+
 def _mean(values: list[int]) -> float:
     return fmean(values) if values else math.nan
-
-
-def _milliseconds(run: Run) -> float:
-    """Median wall clock of an iteration."""
-    return 1e3 * median(run.seconds) if run.seconds else math.nan
 
 
 def _final_loss(run: Run, config: Config) -> float:
@@ -298,16 +405,18 @@ def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
             "python": platform.python_version(),
         },
         "machine": {
-            "cpu": _cpu(),
+            "cpu": machine.cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": _gpu(config),
+            "load_average": _load(),
         },
         "comparisons": [
             {
                 "model": model.name,
                 "ratio": _finite(model.ratio),
-                "ratio_at_equal_nfe": _finite(model.ratio_at_equal_nfe),
+                "ratio_of_totals": _finite(model.ratio_of_totals),
+                "ratio_with_infinitely_fast_solver": _finite(model.bound),
                 f"loss_difference_first_{COMPARED}": _finite(model.loss_difference),
             }
             for model in results
@@ -321,7 +430,9 @@ def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
                 "final_loss": _finite(_final_loss(run, config)),
                 "mean_nfe": _finite(_mean(run.nfe)),
                 "mean_nfe_backward": _finite(_mean(run.nfe_backward)),
-                "ms_per_iteration": _finite(_milliseconds(run)),
+                "backend": run.backend,
+                "ms_per_iteration": _finite(run.milliseconds),
+                "ms_of_parts": {part: _finite(run.milliseconds_of(part)) for part in PARTS},
                 "losses": run.losses,
                 "nfe": run.nfe,
                 "nfe_backward": run.nfe_backward,
@@ -329,6 +440,19 @@ def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
             }
             for model in results
             for solver, run in model.runs.items()
+        ],
+        "variants": [
+            {
+                "model": model.name,
+                "solver": solver,
+                "optimizer": adam,
+                "mean_nfe": _finite(_mean(run.nfe)),
+                "mean_nfe_backward": _finite(_mean(run.nfe_backward)),
+                "ms_per_iteration": _finite(run.milliseconds),
+                "ms_of_optimizer_step": _finite(run.milliseconds_of(STEP)),
+            }
+            for model in results
+            for (solver, adam), run in model.variants.items()
         ],
     }
     scratch = path.with_suffix(".json.part")
@@ -341,13 +465,9 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _cpu() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _load() -> float | None:
+    """Processes that ran or waited to run over the last minute, where the system counts them."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _gpu(config: Config) -> str | None:
@@ -521,22 +641,24 @@ def _plot_nfe(axes: Axes, results: list[Trained], config: Config) -> None:
 
 
 def _plot_speed(axes: Axes, results: list[Trained]) -> None:
-    """Median time of a training iteration."""
+    """Median time of a training iteration: the solver's part, and the rest in grey."""
     bars = [(model, solver) for model in results for solver in SOLVERS]
     for y, (model, solver) in enumerate(bars):
-        time = _milliseconds(model.runs[solver])
+        run = model.runs[solver]
+        total, solve = run.milliseconds, run.milliseconds_of(SOLVE, GRADIENT)
         alpha = SOLVER_STYLES[solver].get("alpha", 1.0)
-        axes.barh(y, time, color=MODEL_COLORS[model.name], alpha=alpha, height=0.7)
+        axes.barh(y, solve, color=MODEL_COLORS[model.name], alpha=alpha, height=0.7)
+        axes.barh(y, total - solve, left=solve, color="#999999", height=0.7)
         ratio = f" ({model.ratio:.1f}\u00d7)" if solver == "anode_fast" else ""
         axes.annotate(
-            f"{time:.1f}{ratio}", (time, y), (3, 0), textcoords="offset points", va="center"
+            f"{total:.1f}{ratio}", (total, y), (3, 0), textcoords="offset points", va="center"
         )
     axes.set_yticks(range(len(bars)), [f"{model.name}\n{solver}" for model, solver in bars])
     axes.tick_params("y", length=0)
     axes.invert_yaxis()
     axes.margins(x=0.5)  # room for the figures beside the bars
     axes.grid(visible=False, axis="y")
-    axes.set(title="Time per iteration", xlabel="median ms (torchdiffeq: 1\u00d7)")
+    axes.set(title="Time per iteration", xlabel="median ms (grey: not the solver)")
 
 
 def _plot_flow(axes: Axes, flow: Flow) -> None:

@@ -18,11 +18,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 # Parts of an iteration: each instant of it belongs to one of them.
 SOLVE = "solve"  # the call of the net's block
-GRADIENT = "gradient of the solve"  # from the gradient of the block's output to the parameters'
-LOSS = "linear layer and loss"  # both ways
+GRADIENT = "its gradient"  # from the gradient of the block's output to the parameters'
+LOSS = "linear and loss"  # both ways
 STEP = "optimizer step"
 ZERO_GRAD = "zero_grad"
-REST = "data and the rest"  # getting the batch, calling the net, reading the loss
+REST = "data, the rest"  # getting the batch, calling the net, reading the loss
 PARTS = (SOLVE, GRADIENT, LOSS, STEP, ZERO_GRAD, REST)
 _INTERVALS = (REST, ZERO_GRAD, REST, SOLVE, LOSS, GRADIENT, STEP, REST)  # as they follow in time
 

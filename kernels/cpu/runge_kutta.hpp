@@ -834,21 +834,25 @@ void Solver<Field>::by_row() {
   for_each_tile([&](const Tile& tile, Workspace<Field>& w) {
     results[tile.index] = solve_rows(tile, w);
   });
-  std::int64_t attempts = 0;
+  // All rows are at the same attempt in the reference: the first failure ends the solve.
+  std::int64_t attempts = 0, failed_at = std::numeric_limits<std::int64_t>::max();
   for (const TileResult& tile : results) {
     attempts = std::max(attempts, tile.attempts);
     result_.accepted = std::max(result_.accepted, tile.accepted);
     result_.rejected = std::max(result_.rejected, tile.rejected);
-    if (!tile.status) continue;
+    if (tile.status) failed_at = std::min(failed_at, tile.attempts);
+  }
+  attempts = std::min(attempts, failed_at);
+  for (const TileResult& tile : results) {
+    if (!tile.status || tile.attempts != failed_at) continue;
     if (!result_.status) {
       result_.status = tile.status;
       result_.row = tile.row;
       result_.t = tile.t;
       result_.dt = tile.dt;
-    } else if (tile.status == kMaxSteps && result_.status == kMaxSteps) {
-      result_.t = std::min(result_.t, tile.t);
     }
-    if (tile.status == result_.status) result_.rows += tile.rows;
+    if (tile.status == kMaxSteps) result_.t = std::min(result_.t, tile.t);
+    result_.rows += tile.rows;
   }
   const int first = options_.first_step == 0 ? 2 : 1;
   result_.nfe = first + attempts * (method_.stages - 1);
