@@ -137,8 +137,8 @@ class Trained:
             f"{self.ratio_of_totals:.1f} by the totals. The solve and its gradient take "
             f"{solve:.2f} of anode_fast's {ours.milliseconds:.2f} ms, the optimizer {step:.2f}: "
             f"even an infinitely fast solver would give at most {self.bound:.1f} times "
-            f"torchdiffeq's speed. Over the first {COMPARED} iterations the two loss curves differ by at most "
-            f"{self.loss_difference:.1e}."
+            f"torchdiffeq's speed. Over the first {COMPARED} iterations the two loss curves differ "
+            f"by at most {self.loss_difference:.1e}."
         )
 
 
