@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from anode_fast import failures, reference
 from anode_fast.adjoint import AdjointOptions
+from anode_fast.errors import InvalidArgument
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
 from anode_fast.problem import (
@@ -585,9 +586,21 @@ _ops.define(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def can_compile() -> bool:
-    """Whether the library is there."""
+def _is_there() -> bool:
     return library.load() is not None
+
+
+def can_compile(mlp: Any, x: Tensor) -> bool:
+    """Whether the operator can run the field on states like x."""
+    return (
+        x.dtype in (torch.float32, torch.float64)
+        and x.device.type == "cpu"
+        and all(p.dtype == x.dtype and p.device.type == "cpu" for p in mlp.tensors())
+        and mlp.num_hidden <= cpu.MOST_HIDDEN_LAYERS
+        and not any(hasattr(mlp, name) for name in _CALLBACKS)
+        and not _has_hooks(mlp)
+        and _is_there()
+    )
 
 
 def compiled(
@@ -634,8 +647,19 @@ def _no_field(t: Tensor, y: Tensor) -> Tensor:
     raise NotImplementedError("a compiled solve has no field in Python")
 
 
-def _call(x: Tensor, t: Tensor, call: str) -> Call:
-    _, columns, _, arguments = _recipe(call)
+def _call(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Call:
+    spec, columns, _, arguments = _recipe(call)
+    if x.dtype not in (torch.float32, torch.float64) or x.shape[1:] != (spec.dim - columns,):
+        raise InvalidArgument(
+            f"anode_fast::solve: x is {x.dtype} {tuple(x.shape)}, want float32 or float64 "
+            f"(batch, {spec.dim - columns})"
+        )
+    if any(p.dtype != x.dtype for p in parameters) or (
+        tuple(p.shape for p in parameters) != _shapes(spec)
+    ):
+        raise InvalidArgument(
+            f"anode_fast::solve: want weights and biases of shapes {_shapes(spec)} in {x.dtype}"
+        )
 
     def problem(x: Tensor, tensors: Sequence[Tensor] | None) -> Problem:
         return make_problem(_no_field, F.pad(x, (0, columns)), t, **arguments)
@@ -650,13 +674,13 @@ def _call(x: Tensor, t: Tensor, call: str) -> Call:
 
 
 def _solve_now(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
-    return run(_call(x, t, call), x.detach(), [p.detach() for p in parameters], t.dtype)
+    return run(_call(x, parameters, t, call), x.detach(), [p.detach() for p in parameters], t.dtype)
 
 
 def _gradient_now(
     grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
 ) -> list[Tensor]:
-    prepared = _call(x, t, call)
+    prepared = _call(x, parameters, t, call)
     prepared.set_grid(t.dtype)
     found = prepared.gradient(grad, None, x, parameters, [True] * (1 + len(parameters)))
     return [g for g in found if g is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import MLPField
 from anode_fast.plan import Plan, choose, describe
 from anode_fast.problem import (
+    ADAPTIVE,
+    FAMILIES,
     FIXED,
     OPTIONS,
     SCIPY,
@@ -284,12 +287,14 @@ def solve(
     The zeros go along dim 1. The kernels append them on their own.
     """
     mlp = func if isinstance(func, MLPField) and type(func) is MLPField else None
+    if torch.compiler.is_compiling():
+        if mlp is not None and isinstance(x, Tensor) and _can_compile(mlp, x, t, settings, columns):
+            return _compiled(mlp, x, t, settings, columns)
+        outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
+        return outside
     key = settings.key() if mlp is not None and isinstance(x, Tensor) else None
     memo = None
     if mlp is not None and isinstance(x, Tensor) and key:
-        fits = x.dim() == 2 and x.shape[1] + columns == mlp.dim
-        if torch.compiler.is_compiling() and fits and _can_compile(settings):
-            return _compiled(mlp, x, t, settings, columns)
         memo = fused.look_up(mlp, x, t, (columns, *key))
 
     def problem_from(x: Tensor, tensors: Sequence[Tensor] | None) -> Problem:
@@ -337,11 +342,36 @@ def _says_nothing(problem: Problem, options: Options | None) -> bool:
     return known and not (one_step and "step_size" not in problem.options)
 
 
-def _can_compile(settings: Settings) -> bool:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(
+    func: Field, x: State, t: Tensor, settings: Settings, columns: int
+) -> tuple[Any, SolveStats]:
+    """A solve outside the graph. Tracing a solver would compile anew for every step."""
+    return solve(func, x, t, settings, columns)
+
+
+def _can_compile(mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, columns: int) -> bool:
+    """Whether the operator can carry out the call. All this is known when the graph is traced."""
     discrete = settings.gradient == "discrete" or (
         settings.gradient == "auto" and not (settings.adjoint and settings.adjoint.has_options)
     )
-    return discrete and settings.backend in ("auto", "cpu") and fused.can_compile()
+    family = FAMILIES.get(settings.method or "dopri5")
+    controls = ("batch", "sample") if family == ADAPTIVE else ("batch",)
+    options = settings.options or {}
+    return (
+        settings.key() is not None
+        and discrete
+        and settings.backend in ("auto", "cpu")
+        and family in (FIXED, ADAPTIVE)
+        and settings.step_control in controls
+        and set(options) <= OPTIONS[family] - {"perturb", "norm", "step_t", "jump_t"}
+        and all(type(v) is not torch.dtype and v != math.inf for v in options.values())
+        and x.dim() == 2
+        and x.shape[1] + columns == mlp.dim
+        and t.is_floating_point()
+        and not t.requires_grad
+        and fused.can_compile(mlp, x)
+    )
 
 
 def _compiled(

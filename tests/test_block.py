@@ -211,7 +211,7 @@ def test_stats():
     assert (stats.method, stats.nfe) == ("dopri5", block.field.nfe)
     assert stats.accepted > 0 and stats.nfe_backward == 0
     out.sum().backward()
-    assert stats is block.stats and stats.nfe_backward > 0
+    assert stats is block.stats
     assert stats.nfe + stats.nfe_backward == block.field.nfe
     values = [getattr(stats, field.name) for field in dataclasses.fields(stats)]
     assert all(isinstance(value, (int, str)) for value in values)

@@ -284,7 +284,7 @@ class ContinuousGradient {
       T *from = current_ + tile.index * tile_size_, *to = next_ + tile.index * tile_size_;
       std::int64_t i = 0;
       for (std::int64_t output = call_.num_times - 1; output > 0; --output) {
-        if (!arrive(tile, output, from)) bad_input = true;
+        if (!arrive(tile, output, from) && first_bad[tile.index] < 0) bad_input = true;
         for (; call_.grid[i] < -call_.times[output - 1]; ++i) {
           Weights of_step = weights;
           of_step.h = call_.grid[i + 1] - call_.grid[i];

@@ -16,7 +16,7 @@ namespace anode {
 // again, and fresh memory costs a page fault for every 4 kB: as much as the arithmetic on it.
 class BlockCache {
  public:
-  static constexpr std::size_t kMostBytes = std::size_t(8) << 20;
+  static constexpr std::size_t kMostBytes = std::size_t(8) << 20, kMostBlocks = 64;
 
   void* take(std::size_t bytes) {
     {
@@ -34,9 +34,15 @@ class BlockCache {
     return block;
   }
 
+  // Keeps the block; the oldest ones make room for it.
   void give_back(void* block, std::size_t bytes) noexcept {
+    if (bytes > kMostBytes) return std::free(block);
     std::lock_guard<std::mutex> lock(mutex_);
-    if (held_ + bytes > kMostBytes || free_.size() == free_.capacity()) return std::free(block);
+    while (held_ + bytes > kMostBytes || free_.size() == kMostBlocks) {
+      std::free(free_.front().block);
+      held_ -= free_.front().bytes;
+      free_.erase(free_.begin());
+    }
     free_.push_back({block, bytes});
     held_ += bytes;
   }
@@ -51,7 +57,7 @@ class BlockCache {
     std::size_t bytes;
   };
 
-  BlockCache() { free_.reserve(64); }
+  BlockCache() { free_.reserve(kMostBlocks); }
   ~BlockCache() {
     for (const Free& free : free_) std::free(free.block);
   }

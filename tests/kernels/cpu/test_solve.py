@@ -1,0 +1,201 @@
+"""kernels/cpu/solve.py: its structs and constants are C++'s; what it refuses, keeps and frees."""
+
+import ctypes
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from anode_fast import MLPField, odeint
+from anode_fast.kernels.cpu import library, solve
+from anode_fast.stats import Status
+
+HEADERS = Path(__file__).parents[3] / "kernels" / "cpu"
+needs_library = pytest.mark.skipif(library.load() is None, reason=library.missing() or "loaded")
+
+STRUCTS = {
+    "Plan": solve._Plan,
+    "MlpShape": solve._Field,
+    "Tableau": solve._Tableau,
+    "Options": solve._Options,
+    "Result": solve.Result,
+}
+CONSTANTS = {
+    "Tableau::kMostStages": solve.MOST_STAGES,
+    "MlpShape::kMostLayers": solve.MOST_HIDDEN_LAYERS + 1,
+    "int(Control::fixed)": solve.FIXED,
+    "int(Control::batch)": solve.BATCH,
+    "int(Control::sample)": solve.SAMPLE,
+    "kSuccess": solve.SUCCESS,
+    "kMaxSteps": solve.MAX_STEPS,
+    "kUnderflow": solve.UNDERFLOW,
+    "kNonFinite": solve.NON_FINITE,
+    "kNonFiniteInput": solve.NON_FINITE_INPUT,
+    "kOutOfMemory": solve.OUT_OF_MEMORY,
+    "kAbiVersion": library.ABI_VERSION,
+    # Words before the addresses and numbers in a block of arguments.
+    "sizeof(SolveArguments) / 8": 9,
+    "sizeof(DiscreteGradientArguments) / 8": 6,
+}
+
+
+def find_compiler():
+    if command := shlex.split(os.environ.get("CXX", "")):
+        return command if shutil.which(command[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def cpp_layout(name, struct):
+    """C++ expressions for the size of a struct, and for offset and size of each member."""
+    members = [member for member, _ in struct._fields_]
+    of_members = [(f"offsetof({name}, {m})", f"sizeof({name}::{m})") for m in members]
+    return [f"sizeof({name})", *itertools.chain(*of_members)]
+
+
+def python_layout(struct):
+    members = [getattr(struct, name) for name, _ in struct._fields_]
+    return [ctypes.sizeof(struct), *itertools.chain(*((m.offset, m.size) for m in members))]
+
+
+@pytest.fixture(scope="module")
+def cpp(tmp_path_factory):
+    """The values in C++ of CONSTANTS, and by name those of the structs' layouts."""
+    compiler = find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("layout")
+    lists = {name: cpp_layout(name, struct) for name, struct in STRUCTS.items()}
+    lists["constants"] = list(CONSTANTS)
+    # Behind api.cpp, for the structs in its anonymous namespace.
+    source = [(HEADERS / "api.cpp").read_text(), "#include <cstddef>"]
+    for name, values in lists.items():
+        numbers = ", ".join(f"std::int64_t({value})" for value in values)
+        source.append(f"ANODE_EXPORT std::int64_t test_{name}[] = {{{numbers}}};")
+    (folder / "shim.cpp").write_text("\n".join(source))
+    command = [*compiler, *"-std=c++17 -O0 -fPIC -shared -pthread".split(), f"-I{HEADERS}"]
+    files = [str(folder / "shim.cpp"), "-o", str(folder / "shim.so")]
+    subprocess.run([*command, *files], check=True)
+    shim = ctypes.CDLL(str(folder / "shim.so"))
+    return {
+        name: list((ctypes.c_int64 * len(values)).in_dll(shim, f"test_{name}"))
+        for name, values in lists.items()
+    }
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_structs_have_the_layout_of_cpps(name, cpp):
+    assert python_layout(STRUCTS[name]) == cpp[name]
+
+
+def test_constants_are_cpps(cpp):
+    assert dict(zip(CONSTANTS, cpp["constants"], strict=True)) == CONSTANTS
+
+
+def test_statuses_are_the_packages():
+    assert solve.SUCCESS == Status.SUCCESS
+    assert solve.MAX_STEPS == Status.MAX_STEPS
+    assert solve.UNDERFLOW == Status.UNDERFLOW
+    assert solve.NON_FINITE == Status.NON_FINITE
+    assert max(Status) < solve.NON_FINITE_INPUT  # the binding's own begin here
+
+
+# --- Solve ----------------------------------------------------------------------------------------
+
+
+def make(stages=1, hidden=(4,), **options):
+    """Fixed Euler steps, with stages that do nothing."""
+    none = (0.0,) * stages
+    rows = [(0.0,) * i for i in range(stages)]
+    weights = (1.0, *none[1:])
+    method = solve.Method(
+        1, none, rows, weights, none, [(w, 0.0, 0.0, 0.0) for w in weights], False
+    )
+    field = solve.Field(3, hidden, 2, False)
+    return solve.Solve(library.load(), field, method, torch.float64, data_dim=3, **options)
+
+
+def weights(hidden=(4,)):
+    widths = [3, *hidden, 3]
+    shapes = [((m, n), (m,)) for n, m in itertools.pairwise(widths)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in itertools.chain(*shapes)]
+
+
+@needs_library
+@pytest.mark.parametrize("stages", [1, solve.MOST_STAGES])
+@pytest.mark.parametrize("hidden", [(4,), (4,) * solve.MOST_HIDDEN_LAYERS])
+def test_as_many_as_there_is_room_for(stages, hidden):
+    x, parameters = torch.randn(5, 3, dtype=torch.float64), weights(hidden)
+    solution, result, _ = make(stages, hidden).forward(x, parameters, [0.0, 0.5], [0.0, 0.5])
+    h = x
+    for i, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
+        h = torch.nn.functional.linear(h.tanh() if i else h, weight, bias)
+    assert (result.status, result.nfe) == (solve.SUCCESS, stages)
+    torch.testing.assert_close(solution, torch.stack([x, x + 0.5 * h]))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("stages", "hidden"),
+    [(solve.MOST_STAGES + 1, (4,)), (1, (4,) * (solve.MOST_HIDDEN_LAYERS + 1)), (1, ())],
+)
+def test_no_room(stages, hidden):
+    with pytest.raises(ValueError, match=f"no room for {stages} stages and {len(hidden)} hidden"):
+        make(stages, hidden)
+
+
+@needs_library
+def test_checkpoints_are_freed_once():
+    freed, made = [], make()
+    free = made._free
+
+    def counting(address):
+        freed.append(address)
+        free(address)
+
+    made._free = counting
+    x, parameters, t = torch.randn(5, 3, dtype=torch.float64), weights(), [0.0, 0.5]
+    assert made.forward(x, parameters, t, t)[2] is None
+    x_not_finite = torch.full_like(x, torch.nan)
+    _, result, kept = made.forward(x_not_finite, parameters, t, t, keep=True)
+    assert (result.status, kept) == (solve.NON_FINITE_INPUT, None)
+    assert not freed
+
+    solution, _, kept = made.forward(x, parameters, t, t, keep=True)
+    for _ in range(2):  # the gradient uses nothing up
+        made.discrete_gradient(kept, parameters, solution, x, True)
+    assert not freed
+    address = kept.address
+    del kept
+    assert freed == [address]
+
+
+@needs_library
+@pytest.mark.parametrize("backward", [True, False])
+def test_checkpoints_end_with_the_graph(backward, monkeypatch):
+    alive = set()
+
+    class Counted(solve.Checkpoints):
+        def __init__(self, address, free):
+            super().__init__(address, free)
+            alive.add(address)
+
+        def __del__(self):
+            alive.remove(self.address)
+            super().__del__()
+
+    monkeypatch.setattr(solve, "Checkpoints", Counted)
+    field = MLPField(3, 8)
+    y = odeint(field, torch.randn(5, 3), torch.tensor([0.0, 1.0]), backend="cpu")
+    assert len(alive) == 1
+    if backward:
+        y.sum().backward()
+    del y
+    assert not alive
+    with torch.no_grad():
+        odeint(field, torch.randn(5, 3), torch.tensor([0.0, 1.0]), backend="cpu")
+    assert not alive
