@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from anode_fast import failures, reference
 from anode_fast.adjoint import AdjointOptions
-from anode_fast.errors import InvalidArgument
+from anode_fast.errors import InvalidArgument, NonFiniteState
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
 from anode_fast.problem import (
@@ -35,6 +35,7 @@ from anode_fast.problem import (
     FIXED,
     Problem,
     make_problem,
+    rms_norm,
     step_grid,
 )
 from anode_fast.spec import ACTIVATIONS, MLPSpec
@@ -94,8 +95,10 @@ def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -
         return "a gradient with respect to t is wanted"
     if isinstance(problem.rtol, Tensor) or isinstance(problem.atol, Tensor):
         return "rtol or atol is a tensor"
-    for name in ("norm", "step_t", "jump_t"):
-        if name in options and not (name == "norm" and problem.family == FIXED):
+    if problem.family == ADAPTIVE and problem.norm is not rms_norm:
+        return "it has the option norm"
+    for name in ("step_t", "jump_t"):
+        if name in options:
             return f"it has the option {name}"
     if problem.family == FIXED and problem.perturb:
         return "it has the option perturb"
@@ -177,6 +180,7 @@ class Native:
         fixed: Whether it takes fixed steps.
         step_size: Their size, None for steps from each output time to the next.
         by_row: Whether every row takes its own steps.
+        backwards: Whether the user's time is minus the solver's.
         columns: Zeros that the kernels append to a row of the input.
         adjoint: For the continuous gradient, what solves the adjoint ODE; None for the discrete.
         seminorm: Whether its norm leaves the parameters out.
@@ -188,6 +192,7 @@ class Native:
     fixed: bool
     step_size: float | None
     by_row: bool
+    backwards: bool
     columns: int
     adjoint: Native | None = None
     seminorm: bool = False
@@ -242,6 +247,7 @@ def prepare(
         fixed,
         options.get("step_size"),
         by_row,
+        problem.backwards,
         spec.dim - data_dim,
     )
     if backward is None:
@@ -374,8 +380,8 @@ class Call:
         mlp: The field. Its evaluations are counted in `nfe`.
         times: Output times, increasing solver time.
         grid: Grid of fixed steps; if empty it is made from the times.
-        problem: Makes the problem in normal form from x, for errors, and for second derivatives
-            from x and the field's tensors.
+        problem: Makes the problem in normal form from x, for errors; for second derivatives from
+            x, the field's tensors and the user's times as they were.
         stats: The counts.
         checkpoints: Of the forward solve.
     """
@@ -384,9 +390,13 @@ class Call:
     mlp: MLP
     times: list[float]
     grid: Sequence[float]
-    problem: Callable[[Tensor, Sequence[Tensor] | None], Problem]
+    problem: Callable[..., Problem]
     stats: SolveStats = field(default_factory=lambda: SolveStats("cpu"))
     checkpoints: cpu.Checkpoints | None = None
+
+    def user_times(self) -> list[float]:
+        """The times in the user's terms."""
+        return [-time for time in self.times] if self.native.backwards else self.times
 
     def set_grid(self, dtype: torch.dtype) -> None:
         """Makes the grid, in the dtype of the user's t, if there is to be one and is none."""
@@ -399,9 +409,9 @@ class Call:
     def solve(self, x: Tensor, parameters: Sequence[Tensor], keep: bool) -> Tensor:
         """The solution, [times, rows, dim]; sets `checkpoints` if `keep`."""
         solution: Tensor
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        parameters = [p if p.is_contiguous() else p.contiguous() for p in parameters]
+        if x.stride(1) != 1 or x.is_neg():
+            x = _dense(x)
+        parameters = [_dense(p) for p in parameters]
         solution, result, checkpoints = self.native.solve.forward(
             x, parameters, self.times, self.grid, keep
         )
@@ -413,7 +423,7 @@ class Call:
         if result.status:
             if result.status <= Status.NON_FINITE:
                 stats.status = Status(result.status)
-            raise _failure(self.problem(x, None), self.native, result, solution)
+            raise _failure(self.problem(x), self.native, result, solution)
         self.checkpoints = checkpoints
         return solution
 
@@ -427,8 +437,8 @@ class Call:
     ) -> list[Tensor | None]:
         """Gradients for x and the parameters, None where not needed."""
         native, (for_x, *wanted) = self.native, needs
-        grad = grad.contiguous()
-        parameters = [p if p.is_contiguous() else p.contiguous() for p in parameters]
+        grad = _dense(grad)
+        parameters = [_dense(p) for p in parameters]
         like_x = x if for_x else None
         grads: Sequence[Tensor | None]
         solved_again = 0
@@ -452,7 +462,7 @@ class Call:
         self.stats.launches += 1
         self.mlp.__dict__["nfe"] += result.nfe
         if result.status:
-            raise _adjoint_failure(self.problem(x, None), result)
+            raise _adjoint_failure(self.problem(x), result)
         found = [g if need else None for g, need in zip(grads, wanted, strict=False)]
         return [x_grad, *(found or [None] * len(wanted))]
 
@@ -470,6 +480,11 @@ class Call:
         for interval in itertools.pairwise(ends):
             grid += _grid(interval, torch.float64, adjoint.step_size)
         return grid
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same numbers as the memory is to have them: contiguous, and no negated view."""
+    return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
 
 
 def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Tensor) -> Exception:
@@ -500,6 +515,11 @@ def _adjoint_failure(problem: Problem, result: cpu.Result) -> Exception:
     """The same for the adjoint ODE."""
     if result.status == cpu.OUT_OF_MEMORY:
         return MemoryError("anode_fast: no memory for the gradient")
+    if result.status == cpu.NON_FINITE_INPUT:
+        return NonFiniteState(
+            "non-finite values in state: the gradient of the loss with respect to the solution "
+            "holds nan or inf, and the adjoint ODE starts from it. Look at the loss."
+        )
     t, dt, accepted, rejected = result.t, result.dt, result.accepted, result.rejected
     if result.status == Status.MAX_STEPS:
         return failures.max_steps(problem, accepted + rejected, t, dt, accepted, rejected)
@@ -542,7 +562,9 @@ def _differentiable_gradient(
     before = call.mlp.__dict__["nfe"]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        problem = call.problem(x, parameters)
+        # Aliases: an input may be made of another one, or be the same tensor twice.
+        x, *parameters = (p.view_as(p) for p in (x, *parameters))
+        problem = call.problem(x, parameters, call.user_times())
         solution = reference.solve(problem, SolveStats(), by_row=call.native.by_row)
         call.stats.nfe_backward = call.mlp.__dict__["nfe"] - before
         wanted = [p for p, need in zip((x, *parameters), needs, strict=True) if need]
@@ -661,7 +683,7 @@ def _call(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Call
             f"anode_fast::solve: want weights and biases of shapes {_shapes(spec)} in {x.dtype}"
         )
 
-    def problem(x: Tensor, tensors: Sequence[Tensor] | None) -> Problem:
+    def problem(x: Tensor) -> Problem:
         return make_problem(_no_field, F.pad(x, (0, columns)), t, **arguments)
 
     times = t.tolist()
@@ -669,7 +691,7 @@ def _call(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Call
     if backwards:
         times = [-time for time in times]
     if not all(map(operator.lt, times, times[1:])) or len(times) < 2:
-        problem(x, None)  # says what is wrong with the times
+        problem(x)  # says what is wrong with the times
     return Call(_native(call, x.dtype, backwards), types.SimpleNamespace(nfe=0), times, (), problem)
 
 

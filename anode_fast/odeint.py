@@ -231,6 +231,9 @@ class Settings:
         options = _frozen(self.options)
         if self.event_fn or options is None or not type(self.rtol) is type(self.atol) is float:
             return None
+        names = (self.method or "", self.backend, self.step_control, self.gradient)
+        if not all(type(name) is str for name in names):
+            return None
         of_adjoint: tuple[Any, ...] = ()
         if given is not None:
             own = _frozen(given.options)
@@ -297,9 +300,13 @@ def solve(
     if mlp is not None and isinstance(x, Tensor) and key:
         memo = fused.look_up(mlp, x, t, (columns, *key))
 
-    def problem_from(x: Tensor, tensors: Sequence[Tensor] | None) -> Problem:
-        field = func if tensors is None or mlp is None else functools.partial(mlp.evaluate, tensors)
-        return settings.problem(field, pad(x, columns), t)
+    def problem_from(
+        x: Tensor, tensors: Sequence[Tensor] | None = None, times: Sequence[float] = ()
+    ) -> Problem:
+        if tensors is None or mlp is None:
+            return settings.problem(func, pad(x, columns), t)
+        then = torch.tensor(times, dtype=t.dtype)
+        return settings.problem(functools.partial(mlp.evaluate, tensors), pad(x, columns), then)
 
     if memo and memo.native and mlp is not None and isinstance(x, Tensor):
         call = fused.Call(memo.native, mlp, memo.times, (), problem_from)

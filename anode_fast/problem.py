@@ -240,10 +240,10 @@ def step_grid(t: Tensor, step_size: float) -> list[float]:
             f"odeint: step_size={step_size} makes {steps - 1} steps over an interval of length "
             f"{(t[-1] - t[0]).item():g}; at most {MAX_GRID} are taken. Use a larger step_size."
         )
-    points = torch.arange(0, steps, dtype=t.dtype) * step_size + t[0]
-    points[-1] = t[-1]
-    grid: list[float] = points.tolist()
-    return grid
+    end = float(t[-1])
+    points = (torch.arange(0, steps - 1, dtype=t.dtype) * step_size + t[0]).tolist()
+    # torchdiffeq keeps a point that rounding puts at the end or past it: a step of nothing.
+    return [*(point for point in points if point < end), end]
 
 
 def make_problem(
