@@ -218,9 +218,18 @@ class Call:
         """The gradient by autograd through the solver: it can be differentiated again."""
         evaluations = self.problem.field.nfe
         with torch.enable_grad():
-            solution = self.solve(self.plain(y0, shift), SolveStats())
+            y = y0.view_as(y0)
+            solution = self.solve(self.plain(y, shift), SolveStats())
             self.stats.nfe_backward = self.problem.field.nfe - evaluations
-            return _grad([solution], [y0, shift, *params], [grad], create_graph=True)
+            if y.grad_fn is None:
+                return _grad([solution], [y, shift, *params], [grad], create_graph=True)
+            # y0 may be made of the parameters: what reaches it must not go on to them here, or it
+            # would count twice. The graph of the gradients themselves does go on.
+            stop = y.grad_fn.register_prehook(lambda grads: (None,) * len(grads))
+            try:
+                return _grad([solution], [y, shift, *params], [grad], create_graph=True)
+            finally:
+                stop.remove()
 
 
 def _grad(

@@ -239,6 +239,7 @@ class Settings:
             own = _frozen(given.options)
             tolerances = (given.rtol, given.atol)
             simple = all(x is None or type(x) is float for x in tolerances)
+            simple = simple and (given.method is None or type(given.method) is str)
             if given.params is not None or own is None or not simple:
                 return None
             of_adjoint = (*tolerances, given.method, given.options is None, own)

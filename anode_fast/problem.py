@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import sys
 import warnings
@@ -243,7 +244,13 @@ def step_grid(t: Tensor, step_size: float) -> list[float]:
     end = float(t[-1])
     points = (torch.arange(0, steps - 1, dtype=t.dtype) * step_size + t[0]).tolist()
     # torchdiffeq keeps a point that rounding puts at the end or past it: a step of nothing.
-    return [*(point for point in points if point < end), end]
+    grid = [*(point for point in points if point < end), end]
+    if any(b <= a for a, b in itertools.pairwise(grid)):
+        raise InvalidArgument(
+            f"odeint: step_size={step_size} is below the rounding of t in {t.dtype}. Use a larger "
+            "step_size, or t.double()."
+        )
+    return grid
 
 
 def make_problem(

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anode_fast import odeint, odeint_adjoint
+from anode_fast import MLPField, odeint, odeint_adjoint
 from anode_fast.problem import ADAPTIVE, FAMILIES, FIXED, IMPLICIT
 from anode_fast.tableau import TABLEAUS
 
@@ -701,3 +701,16 @@ def test_second_derivatives(method, gradient):
 
     y0, t = a_state()[:1].requires_grad_(), times(0.0, 0.35, 1.0, requires_grad=True)
     assert gradgradcheck(solve, (y0, t, *field.parameters()))
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "continuous"])
+def test_create_graph_where_the_state_is_made_of_a_parameter(gradient):
+    field = MLPField(3, 5, activation="tanh").double()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = []
+    for kind in ("autograd", gradient):
+        y0 = torch.ones(4, 3, dtype=torch.float64) * field.layers[0].weight.mean()
+        given = dict(rtol=1e-9, atol=1e-9, gradient=kind, backend="reference")
+        loss = odeint(field, y0, t, **given)[-1].square().sum()
+        found.append(torch.autograd.grad(loss, list(field.parameters()), create_graph=True))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
