@@ -35,7 +35,7 @@ from benchmarks.quickstart import (
 )
 from benchmarks.speed import rivals, tables
 from benchmarks.speed.rivals import Case, DiffraxRival, Worker, with_anode_fast, with_odeint
-from benchmarks.speed.turns import IN_A_ROW, MAX_ROUNDS, Turns
+from benchmarks.speed.turns import IN_A_ROW, MAX_ROUNDS, READY, Turns
 from benchmarks.train import GRADIENT, LOSS, PARTS, REST, SOLVE, STEP, ZERO_GRAD, Run
 
 ROOT = Path(__file__).parents[1]
@@ -436,8 +436,8 @@ def test_rivals_take_turns_of_a_few_runs_each_with_its_own_threads():
         rounds(turns, a)
     finally:
         torch.set_num_threads(1)
-    one_turn = [("b", 2)] * IN_A_ROW + [("c", 1)] * IN_A_ROW + [("a", 1)] * IN_A_ROW
-    assert log == one_turn * 2
+    of_others = [*[("b", 2)] * (READY + IN_A_ROW), *[("c", 1)] * (READY + IN_A_ROW)]
+    assert log == [*of_others, *[("a", 1)] * (READY + IN_A_ROW)] * 2
     assert {name: len(seconds) for name, seconds in turns.seconds.items()} == {"b": 10, "c": 10}
 
 

@@ -10,7 +10,10 @@ from typing import Protocol
 import torch
 
 MAX_ROUNDS, WARMUP = 150, 15
-IN_A_ROW = 5  # runs per turn: a solver's own code and data are in the caches, as in a training loop
+IN_A_ROW = 5  # timed runs per turn
+# Untimed runs before them, until so many or so many seconds: then a solver's own code and data are
+# in the caches, as in a training loop, be it a fast or a slow one.
+READY, READY_SECONDS = 20, 5e-3
 BREATH = 1e-3  # seconds before a turn: the last solver's threads may spin a while before they sleep
 
 
@@ -67,12 +70,11 @@ class Turns:
 
     @staticmethod
     def _warm_up(rival: Rival, seconds: float) -> float:
-        """Mean seconds of a few runs, after a first one, which loads and allocates.
+        """Mean seconds of a few runs, after the first ones, which load and allocate.
 
         The mean: on a machine that is busy some runs take far longer, and so will later ones.
         """
         _get_ready(rival)
-        rival()
         end = time.perf_counter() + seconds / 4
         runs = [timed(rival)]
         while len(runs) < WARMUP and time.perf_counter() < end:
@@ -91,3 +93,8 @@ def _get_ready(rival: Rival) -> None:
     if torch.get_num_threads() != rival.threads:
         torch.set_num_threads(rival.threads)
     time.sleep(BREATH)
+    end = time.perf_counter() + READY_SECONDS
+    for _ in range(READY):
+        rival()
+        if time.perf_counter() > end:
+            break
