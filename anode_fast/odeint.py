@@ -248,15 +248,15 @@ class Settings:
             *(self.backend, self.step_control, self.gradient, of_adjoint),
         )
 
-    def plan(self, problem: Problem) -> Plan:
-        """How the call will be carried out."""
+    def plan(self, problem: Problem, backward: AdjointOptions) -> Plan:
+        """How the call will be carried out. `backward`: how the adjoint ODE would be solved."""
         given = self.adjoint or AdjointArguments()
         return choose(
             problem,
             backend=self.backend,
             gradient=self.gradient,
             step_control=self.step_control,
-            backward=self.backward(problem),
+            backward=backward,
             is_adjoint=self.adjoint is not None,
             has_adjoint_options=given.has_options,
             params=given.params,
@@ -313,7 +313,8 @@ def solve(
         call = fused.Call(memo.native, mlp, memo.times, (), problem_from)
         return fused.run(call, x, memo.tensors, t.dtype), call.stats
     problem = settings.problem(func, pad(x, columns), t, warn=True)
-    plan, backward = settings.plan(problem), settings.backward(problem)
+    backward = settings.backward(problem)
+    plan = settings.plan(problem, backward)
     if plan.backend == "cpu" and mlp is not None and isinstance(x, Tensor):
         native = fused.prepare(
             problem,
@@ -560,7 +561,7 @@ def explain(
         gradient,
     )
     problem = settings.problem(func, y0, t, warn=True)
-    plan = settings.plan(problem)
+    plan = settings.plan(problem, settings.backward(problem))
     return describe(problem, plan)
 
 

@@ -1,8 +1,8 @@
 // Gradients of a solve.
 //
 // The discrete gradient is exact for the computed solution, step sizes being constants: every tile
-// goes through the checkpoints from the last step to the first, makes the stages again, and takes
-// the vector-Jacobian product of each. Weight gradients of a tile's step are accumulated at once,
+// goes through the checkpoints from the last step to the first, makes the stages again (unless their
+// records were kept), and takes the vector-Jacobian product of each. Weight gradients of a tile's step are accumulated at once,
 // over its stages; those of groups of tiles are added in the order of groups, so that results do
 // not depend on the number of threads.
 #pragma once
@@ -102,7 +102,7 @@ class DiscreteGradient {
     }
   };
 
-  // Rows at most one vector after the other: y += weight * x, the weight with one entry a row.
+  // y += weight * h * x; h has one entry a row.
   void add_scaled(T* y, T weight, const T* h, const T* x, int lanes) const {
     for (int e = 0; e < dim_ * lanes; e += lanes) {
       for (int r = 0; r < lanes; r += kLanes<T>) {
@@ -150,9 +150,7 @@ class DiscreteGradient {
           const double x = here ? (time - t0) / (t1 - t0) : 0.0;
           for (int i = 0; i < (here ? 0 : dim_); ++i) w.values[i * lanes + r] = 0;
           for (int j = 0; j < method_.stages; ++j) {
-            const double* p = method_.tableau->interpolant[j];
-            w.row_weights[j * lanes + r] =
-                w.h[r] * T(x * (p[0] + x * (p[1] + x * (p[2] + x * p[3]))));
+            w.row_weights[j * lanes + r] = w.h[r] * T(method_.interpolant(j, x));
           }
         }
         add(w.adj_y, w.values, lanes);

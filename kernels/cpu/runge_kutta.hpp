@@ -80,13 +80,15 @@ struct Method {
     return terms;
   }
 
-  // Weights of the stages for the solution at the fraction x of the step.
+  // Weight of a stage in the solution at the fraction x of the step.
+  double interpolant(int stage, double x) const {
+    const double* p = tableau->interpolant[stage];
+    return x * (p[0] + x * (p[1] + x * (p[2] + x * p[3])));
+  }
+
   Terms<T> interpolant(double x) const {
     double weights[Tableau::kMostStages];
-    for (int j = 0; j < stages; ++j) {
-      const double* p = tableau->interpolant[j];
-      weights[j] = x * (p[0] + x * (p[1] + x * (p[2] + x * p[3])));
-    }
+    for (int j = 0; j < stages; ++j) weights[j] = interpolant(j, x);
     return Terms<T>(weights, stages);
   }
 };
@@ -332,14 +334,14 @@ struct Workspace {
     input = take(Field::kInputRows + field.dim());
     derivatives = take(std::size_t(stages) * field.dim());
     scratch = take(field.scratch_rows());
-    values = take(2 * std::size_t(field.dim()));
+    values = take(field.dim());
     h = take(1);
     sums = take(1);
     row_weights = take(Tableau::kMostStages);
   }
 
   static std::size_t rows(const Field& field, int stages) {
-    return Field::kInputRows + std::size_t(stages + 3) * field.dim() + field.scratch_rows() + 2 +
+    return Field::kInputRows + std::size_t(stages + 2) * field.dim() + field.scratch_rows() + 2 +
            Tableau::kMostStages;
   }
 };
@@ -674,7 +676,6 @@ class Solver {
     Status status = kSuccess;
     std::int64_t attempts = 0, accepted = 0, rejected = 0, row = 0, rows = 0;
     double t = 0, dt = 0;
-    bool field_failed = false;
   };
   TileResult solve_rows(const Tile& tile, Workspace<Field>& w);
 
@@ -805,8 +806,7 @@ auto Solver<Field>::solve_rows(const Tile& tile, Workspace<Field>& w) -> TileRes
         const bool here = accept[r] && t[r] < time && time <= t1[r];
         const double x = here ? (time - t[r]) / (t1[r] - t[r]) : 0.0;
         for (int j = 0; j < method_.stages; ++j) {
-          const double* p = method_.tableau->interpolant[j];
-          w.row_weights[j * lanes + r] = T(x * (p[0] + x * (p[1] + x * (p[2] + x * p[3]))));
+          w.row_weights[j * lanes + r] = T(method_.interpolant(j, x));
         }
       }
       combine<T>(y0, w.h, method_.all_stages(), w.row_weights, w.k, w.values, dim_, tile.vectors);
