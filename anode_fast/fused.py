@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from anode_fast import failures, reference
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument, NonFiniteState
+from anode_fast.kernels import interface
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
 from anode_fast.problem import (
@@ -228,10 +229,12 @@ def prepare(
     }
     solve = cpu.Solve(
         loaded,
-        cpu.Field(spec.dim, spec.hidden, ACTIVATIONS.index(spec.activation), spec.time_dependent),
+        interface.Field(
+            spec.dim, spec.hidden, ACTIVATIONS.index(spec.activation), spec.time_dependent
+        ),
         _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau),
         problem.y0.dtype,
-        control=cpu.FIXED if fixed else cpu.SAMPLE if by_row else cpu.BATCH,
+        control=interface.FIXED if fixed else interface.SAMPLE if by_row else interface.BATCH,
         backwards=problem.backwards,
         float_time=options.get("dtype") == torch.float32 and problem.y0.dtype == torch.float32,
         data_dim=data_dim,
@@ -268,9 +271,14 @@ def prepare(
     return dataclasses.replace(native, adjoint=adjoint, seminorm=seminorm)
 
 
+def _field(spec: MLPSpec) -> interface.Field:
+    number = ACTIVATIONS.index(spec.activation)
+    return interface.Field(spec.dim, spec.hidden, number, spec.time_dependent)
+
+
 @functools.cache
-def _method(tableau: ButcherTableau) -> cpu.Method:
-    return cpu.Method(
+def _method(tableau: ButcherTableau) -> interface.Method:
+    return interface.Method(
         tableau.order,
         tableau.c_float,
         tableau.a_float,
@@ -282,7 +290,7 @@ def _method(tableau: ButcherTableau) -> cpu.Method:
 
 
 @functools.cache
-def _fixed_method(tableau: ButcherTableau, interp: str) -> cpu.Method:
+def _fixed_method(tableau: ButcherTableau, interp: str) -> interface.Method:
     """A fixed-step method with its interpolant in the form that adaptive ones have.
 
     The cubic one through both ends with their slopes (Hairer, Norsett, Wanner, Solving ODEs I, 2nd
@@ -291,13 +299,15 @@ def _fixed_method(tableau: ButcherTableau, interp: str) -> cpu.Method:
     c, a, b = tableau.c_float, tableau.a_float, tableau.b_float
     none = (0.0,) * len(b)
     if interp == "linear":
-        return cpu.Method(tableau.order, c, a, b, none, [(w, 0.0, 0.0, 0.0) for w in b], False)
+        return interface.Method(
+            tableau.order, c, a, b, none, [(w, 0.0, 0.0, 0.0) for w in b], False
+        )
     last = len(b)
     rows = [[0.0, 3 * w, -2 * w, 0.0] for w in (*b, 0.0)]
     for stage, slope in ((0, (1.0, -2.0, 1.0)), (last, (0.0, -1.0, 1.0))):
         for power, weight in enumerate(slope):
             rows[stage][power] += weight
-    return cpu.Method(
+    return interface.Method(
         tableau.order, (*c, 1.0), (*a, b), (*b, 0.0), (*none, 0.0), rows, True, last_on_demand=True
     )
 
@@ -490,7 +500,7 @@ def _dense(x: Tensor) -> Tensor:
 def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Tensor) -> Exception:
     """The error that the reference path raises where the kernels stopped."""
     status = result.status
-    if status == cpu.OUT_OF_MEMORY:
+    if status == interface.OUT_OF_MEMORY:
         return MemoryError("anode_fast: no memory for the solve")
     if native.fixed:
         return problem.non_finite_output(result.output)
@@ -513,9 +523,9 @@ def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Ten
 
 def _adjoint_failure(problem: Problem, result: cpu.Result) -> Exception:
     """The same for the adjoint ODE."""
-    if result.status == cpu.OUT_OF_MEMORY:
+    if result.status == interface.OUT_OF_MEMORY:
         return MemoryError("anode_fast: no memory for the gradient")
-    if result.status == cpu.NON_FINITE_INPUT:
+    if result.status == interface.NON_FINITE_INPUT:
         return NonFiniteState(
             "non-finite values in state: the gradient of the loss with respect to the solution "
             "holds nan or inf, and the adjoint ODE starts from it. Look at the loss."

@@ -1,11 +1,16 @@
 """What every test gets: fixed seeds, one thread, and a `device` where it asks for one."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a card Triton's interpreter runs the kernels. They ask for it when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # One thread: steadier timings and bitwise equal sums, whatever the machine.
 torch.set_num_threads(1)

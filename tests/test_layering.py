@@ -20,9 +20,19 @@ ORDER = """
     anode_fast.fused
     anode_fast.kernels
     anode_fast.kernels.gpu
+    anode_fast.kernels.gpu.aot
+    anode_fast.kernels.gpu.solve
+    anode_fast.kernels.gpu.launch
+    anode_fast.kernels.gpu.continuous
+    anode_fast.kernels.gpu.adjoint
+    anode_fast.kernels.gpu.runge_kutta
+    anode_fast.kernels.gpu.controller
+    anode_fast.kernels.gpu.mlp
+    anode_fast.kernels.gpu.activations
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
     anode_fast.kernels.cpu.library
+    anode_fast.kernels.interface
     anode_fast.adjoint
     anode_fast.reference
     anode_fast.reference.events

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from anode_fast import MLPField, odeint_adjoint
+from anode_fast.kernels import interface
 from anode_fast.kernels.cpu import library, solve
 from anode_fast.spec import ACTIVATIONS
 from anode_fast.tableau import TABLEAUS
@@ -106,13 +107,13 @@ def native(case, solution, method="dopri5", options=None, seminorm=False, **kw):
     }
     gradient = solve.Solve(
         library.load(),
-        solve.Field(
+        interface.Field(
             case.field.dim,
             (case.field.hidden_dim,) * case.field.num_hidden,
             ACTIVATIONS.index(case.field.activation),
             case.field.time_dependent,
         ),
-        solve.Method(
+        interface.Method(
             tableau.order,
             tableau.c_float,
             tableau.a_float,
@@ -122,7 +123,7 @@ def native(case, solution, method="dopri5", options=None, seminorm=False, **kw):
             tableau.solution_is_last_stage,
         ),
         case.x.dtype,
-        control=solve.BATCH if tableau.adaptive else solve.FIXED,
+        control=interface.BATCH if tableau.adaptive else interface.FIXED,
         backwards=sign < 0,
         **settings,
     )
@@ -163,7 +164,7 @@ def check(case, dtype, seminorm=False, options=None, **kw):
     case = case.to(dtype)
     solution, ref, counts = reference(case, **kw, **norm)
     got, result = native(case, solution, seminorm=seminorm, **kw)
-    assert result.status == solve.SUCCESS
+    assert result.status == interface.SUCCESS
     assert (result.nfe, result.accepted, result.rejected) == counts
     for i, (g, r, e) in enumerate(zip(got, ref, exact, strict=True)):
         if e is None or e.numel() == 0:
@@ -337,9 +338,9 @@ def test_max_num_steps_counts_each_interval(times):
     _, enough = native(case, solution)
     steps = enough.accepted + enough.rejected
     got, result = native(case, solution, options={"max_num_steps": steps - 1})
-    assert result.status == solve.SUCCESS
+    assert result.status == interface.SUCCESS
     _, result = native(case, solution, options={"max_num_steps": 1})
-    assert result.status == solve.MAX_STEPS
+    assert result.status == interface.MAX_STEPS
     assert (result.accepted, result.rejected) == (1, 0)
     sign = -1 if times[0] > times[-1] else 1
     assert sign * times[-2] < result.t < sign * times[-1]
@@ -349,7 +350,7 @@ def test_underflow():
     case = Case()
     solution, _, _ = reference(case)
     _, result = native(case, solution, rtol=0.0, atol=1e-40)
-    assert result.status == solve.UNDERFLOW
+    assert result.status == interface.UNDERFLOW
     assert result.dt > 0
 
 
@@ -359,7 +360,7 @@ def test_gradient_that_is_not_finite(method):
     solution, _, _ = reference(case)
     case.grad[-1, 0, 0] = math.nan
     _, result = native(case, solution, method=method, options={"step_size": 0.1})
-    assert result.status == solve.NON_FINITE_INPUT
+    assert result.status == interface.NON_FINITE_INPUT
 
 
 def test_field_that_is_not_finite():
@@ -367,8 +368,8 @@ def test_field_that_is_not_finite():
     solution, _, _ = reference(case)
     case.parameters[0].data[0, 0] = math.inf
     _, result = native(case, solution)
-    assert (result.status, result.field_failed) == (solve.NON_FINITE, 1)
+    assert (result.status, result.field_failed) == (interface.NON_FINITE, 1)
     assert result.t == case.times[-1]
     _, result = native(case, solution, method="rk4", options={"step_size": 0.1})
-    assert (result.status, result.output) == (solve.NON_FINITE, len(case.times) - 2)
+    assert (result.status, result.output) == (interface.NON_FINITE, len(case.times) - 2)
     assert result.t == case.times[-2]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anode_fast import MLPField, odeint
+from anode_fast.kernels import interface
 from anode_fast.kernels.cpu import library, solve
 from anode_fast.stats import Status
 
@@ -28,15 +29,15 @@ STRUCTS = {
 CONSTANTS = {
     "Tableau::kMostStages": solve.MOST_STAGES,
     "MlpShape::kMostLayers": solve.MOST_HIDDEN_LAYERS + 1,
-    "int(Control::fixed)": solve.FIXED,
-    "int(Control::batch)": solve.BATCH,
-    "int(Control::sample)": solve.SAMPLE,
-    "kSuccess": solve.SUCCESS,
-    "kMaxSteps": solve.MAX_STEPS,
-    "kUnderflow": solve.UNDERFLOW,
-    "kNonFinite": solve.NON_FINITE,
-    "kNonFiniteInput": solve.NON_FINITE_INPUT,
-    "kOutOfMemory": solve.OUT_OF_MEMORY,
+    "int(Control::fixed)": interface.FIXED,
+    "int(Control::batch)": interface.BATCH,
+    "int(Control::sample)": interface.SAMPLE,
+    "kSuccess": interface.SUCCESS,
+    "kMaxSteps": interface.MAX_STEPS,
+    "kUnderflow": interface.UNDERFLOW,
+    "kNonFinite": interface.NON_FINITE,
+    "kNonFiniteInput": interface.NON_FINITE_INPUT,
+    "kOutOfMemory": interface.OUT_OF_MEMORY,
     "kAbiVersion": library.ABI_VERSION,
     # Words before the addresses and numbers in a block of arguments.
     "sizeof(SolveArguments) / 8": 9,
@@ -97,11 +98,11 @@ def test_constants_are_cpps(cpp):
 
 
 def test_statuses_are_the_packages():
-    assert solve.SUCCESS == Status.SUCCESS
-    assert solve.MAX_STEPS == Status.MAX_STEPS
-    assert solve.UNDERFLOW == Status.UNDERFLOW
-    assert solve.NON_FINITE == Status.NON_FINITE
-    assert max(Status) < solve.NON_FINITE_INPUT  # the binding's own begin here
+    assert interface.SUCCESS == Status.SUCCESS
+    assert interface.MAX_STEPS == Status.MAX_STEPS
+    assert interface.UNDERFLOW == Status.UNDERFLOW
+    assert interface.NON_FINITE == Status.NON_FINITE
+    assert max(Status) < interface.NON_FINITE_INPUT  # the binding's own begin here
 
 
 # --- Solve ----------------------------------------------------------------------------------------
@@ -112,10 +113,10 @@ def make(stages=1, hidden=(4,), **options):
     none = (0.0,) * stages
     rows = [(0.0,) * i for i in range(stages)]
     weights = (1.0, *none[1:])
-    method = solve.Method(
+    method = interface.Method(
         1, none, rows, weights, none, [(w, 0.0, 0.0, 0.0) for w in weights], False
     )
-    field = solve.Field(3, hidden, 2, False)
+    field = interface.Field(3, hidden, 2, False)
     return solve.Solve(library.load(), field, method, torch.float64, data_dim=3, **options)
 
 
@@ -134,7 +135,7 @@ def test_as_many_as_there_is_room_for(stages, hidden):
     h = x
     for i, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
         h = torch.nn.functional.linear(h.tanh() if i else h, weight, bias)
-    assert (result.status, result.nfe) == (solve.SUCCESS, stages)
+    assert (result.status, result.nfe) == (interface.SUCCESS, stages)
     torch.testing.assert_close(solution, torch.stack([x, x + 0.5 * h]))
 
 
@@ -162,7 +163,7 @@ def test_checkpoints_are_freed_once():
     assert made.forward(x, parameters, t, t)[2] is None
     x_not_finite = torch.full_like(x, torch.nan)
     _, result, kept = made.forward(x_not_finite, parameters, t, t, keep=True)
-    assert (result.status, kept) == (solve.NON_FINITE_INPUT, None)
+    assert (result.status, kept) == (interface.NON_FINITE_INPUT, None)
     assert not freed
 
     solution, _, kept = made.forward(x, parameters, t, t, keep=True)
