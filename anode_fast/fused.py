@@ -1,8 +1,8 @@
 """Native solves: binds a field, a tableau and a call's options to the kernels.
 
-`why_not` says whether the CPU kernels can run a problem, `prepare` makes what runs it, `run` runs
-it. A call that was prepared once is remembered by its settings, so that the next call like it goes
-to the kernels without being taken apart again: that would cost more than the solve.
+`why_not` says whether a backend's kernels can run a problem, `prepare` makes what runs it, `run`
+runs it. A call that was prepared once is remembered by its settings, so that the next call like it
+goes to the kernels without being taken apart again: that would cost more than the solve.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from anode_fast import failures, reference
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument, NonFiniteState
-from anode_fast.kernels import interface
+from anode_fast.kernels import gpu, interface
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
 from anode_fast.problem import (
@@ -40,7 +40,7 @@ from anode_fast.problem import (
     step_grid,
 )
 from anode_fast.spec import ACTIVATIONS, MLPSpec
-from anode_fast.stats import SolveStats, Status
+from anode_fast.stats import DeviceStats, SolveStats, Status
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -61,25 +61,27 @@ class MLP(Protocol):
 # --- what the kernels can run ---------------------------------------------------------------------
 
 
-def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -> str:
-    """Why the CPU kernels cannot run this problem; "" if they can.
+def why_not(backend: str, problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -> str:
+    """Why a backend's kernels cannot run this problem; "" if they can.
 
     Args:
+        backend: "cpu" or "triton".
         problem: The call in normal form.
         spec: Of the field, None if it has none.
         parameters: The field's weights and biases.
     """
     func, options, y0 = problem.original, problem.options, problem.y0
-    if library.load() is None:
-        return str(library.missing())
+    absent = library.missing() if backend == "cpu" else gpu.missing()
+    if absent:
+        return str(absent)
     if spec is None:
         return f"the field is {_described(func)}, and the kernels know MLPField only"
     if problem.family not in (FIXED, ADAPTIVE):
         return f"{problem.method} is no explicit Runge-Kutta method"
     if problem.event_fn is not None:
         return "it searches for an event"
-    if y0.device.type != "cpu" or y0.dtype not in (torch.float32, torch.float64):
-        return f"the state is {y0.dtype} on {y0.device}, want float32 or float64 on the CPU"
+    if y0.dtype not in (torch.float32, torch.float64):
+        return f"the state is {y0.dtype} on {y0.device}, want float32 or float64"
     if y0.dim() != 2 or problem.layout is not None:
         return "the state is not one tensor [batch, dim]"
     if y0.shape[1] != spec.dim:
@@ -90,7 +92,7 @@ def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -
         return "the state or a weight is no plain tensor"
     if tuple(p.shape for p in parameters) != _shapes(spec):
         return "the layers have other shapes than the field was made with"
-    if any(p.dtype != y0.dtype or not p.is_cpu for p in parameters):
+    if any(p.dtype != y0.dtype or p.device != y0.device for p in parameters):
         return "the weights have another dtype or device than the state"
     if problem.shifts is not None:
         return "a gradient with respect to t is wanted"
@@ -107,15 +109,26 @@ def why_not(problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -
         return "the field has callbacks"
     if _has_hooks(func):
         return "the field has hooks or a forward of its own, which would not run"
+    return _why_not_field(backend, spec, y0) or _why_not_now(y0.device.type)
+
+
+def _why_not_field(backend: str, spec: MLPSpec, y0: Tensor) -> str:
+    """The same of what one backend does not have."""
+    if backend == "triton":
+        kernels: Any = gpu.load()
+        return str(gpu.why_not_on(y0.device) or kernels.why_not(_field(spec), y0.dtype))
+    if y0.device.type != "cpu":
+        return f"the state is on {y0.device}, want the CPU"
     if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
-    return _why_not_now()
+    return ""
 
 
-def why_not_adjoint(problem: Problem, backward: AdjointOptions) -> str:
-    """Why the CPU kernels cannot solve the adjoint ODE of a problem they can solve; "" if they can.
+def why_not_adjoint(backend: str, problem: Problem, backward: AdjointOptions) -> str:
+    """Why the kernels cannot solve the adjoint ODE of a problem they can solve; "" if they can.
 
     Args:
+        backend: "cpu" or "triton".
         problem: The call in normal form.
         backward: How the adjoint ODE is to be solved.
     """
@@ -128,12 +141,18 @@ def why_not_adjoint(problem: Problem, backward: AdjointOptions) -> str:
     for name in ("step_t", "jump_t", "grid_constructor", "perturb"):
         if name in backward.options:
             return f"the adjoint ODE has the option {name}"
+    is_adaptive = FAMILIES[backward.method] == ADAPTIVE
+    if backend == "triton" and is_adaptive and backward.options.get("norm") != "seminorm":
+        return (
+            "the adjoint ODE's norm includes the parameters; "
+            "adjoint_options={'norm': 'seminorm'} would do"
+        )
     return ""
 
 
-def _why_not_now() -> str:
+def _why_not_now(device_type: str) -> str:
     """What forbids native calls whatever the problem."""
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device_type):
         return "autocast is on"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it runs under a torch.func transform"
@@ -174,7 +193,8 @@ class Native:
     """A call prepared for the kernels: everything but the tensors and times.
 
     Attributes:
-        solve: The kernels' part.
+        backend: "cpu" or "triton".
+        solve: The kernels' part, a kernels.cpu.solve.Solve or a kernels.gpu.solve.Solve.
         method: Name of the method.
         keep_steps: Whether checkpoints stay in memory until the backward pass; if not, it solves
             once more to get them.
@@ -187,7 +207,8 @@ class Native:
         seminorm: Whether its norm leaves the parameters out.
     """
 
-    solve: cpu.Solve
+    backend: str
+    solve: Any
     method: str
     keep_steps: bool
     fixed: bool
@@ -200,6 +221,7 @@ class Native:
 
 
 def prepare(
+    backend: str,
     problem: Problem,
     spec: MLPSpec,
     data_dim: int,
@@ -210,15 +232,13 @@ def prepare(
     """What runs a problem that `why_not` (and `why_not_adjoint`) have nothing against.
 
     Args:
+        backend: "cpu" or "triton".
         problem: The problem.
         spec: Of its field.
         data_dim: Columns of the input; the other columns of the state start at zero.
         keep_steps, by_row: As in `Plan`.
         backward: How to solve the adjoint ODE for the continuous gradient; None: the discrete one.
     """
-    loaded = library.load()
-    if loaded is None:
-        raise RuntimeError(library.missing())
     options = problem.options
     fixed = problem.family == FIXED
     tableau = TABLEAUS[problem.method]
@@ -227,11 +247,8 @@ def prepare(
         for name in ("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step")
         if name in options
     }
-    solve = cpu.Solve(
-        loaded,
-        interface.Field(
-            spec.dim, spec.hidden, ACTIVATIONS.index(spec.activation), spec.time_dependent
-        ),
+    solve = _maker(backend)(
+        _field(spec),
         _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau),
         problem.y0.dtype,
         control=interface.FIXED if fixed else interface.SAMPLE if by_row else interface.BATCH,
@@ -244,6 +261,7 @@ def prepare(
         **{"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2, "max_step": float("inf"), **given},
     )
     native = Native(
+        backend,
         solve,
         problem.method,
         keep_steps,
@@ -267,8 +285,28 @@ def prepare(
         warn=False,
     )
     seminorm = backward.options.get("norm") == "seminorm"
-    adjoint = prepare(adjoint_problem, spec, data_dim)
+    adjoint = prepare(backend, adjoint_problem, spec, data_dim)
     return dataclasses.replace(native, adjoint=adjoint, seminorm=seminorm)
+
+
+def described(problem: Problem, spec: MLPSpec, by_row: bool) -> str:
+    """How the Triton kernels would solve a problem that they can solve."""
+    solve = prepare("triton", problem, spec, spec.dim, by_row=by_row).solve
+    return str(solve.describe(problem.y0.shape[0], problem.y0.device))
+
+
+def _maker(backend: str) -> Callable[..., Any]:
+    """What makes a backend's solves."""
+    if backend == "cpu":
+        loaded = library.load()
+        if loaded is None:
+            raise RuntimeError(library.missing())
+        return functools.partial(cpu.Solve, loaded)
+    kernels: Any = gpu.load()
+    if kernels is None:
+        raise RuntimeError(gpu.missing())
+    make: Callable[..., Any] = kernels.Solve
+    return make
 
 
 def _field(spec: MLPSpec) -> interface.Field:
@@ -340,9 +378,9 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     if type(x) is not Tensor or type(t) is not Tensor or t.requires_grad or t.dim() != 1:
         return None
     members = field.__dict__
-    if x.dim() != 2 or not x.is_cpu or not _CALLBACKS.isdisjoint(members):
+    if x.dim() != 2 or not _CALLBACKS.isdisjoint(members):
         return None
-    if _has_hooks(field) or _why_not_now():
+    if _has_hooks(field) or _why_not_now(x.device.type):
         return None
     times = t.tolist()
     backwards = times[0] > times[-1] if times else False
@@ -352,15 +390,15 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
         return None
     if math.isinf(times[0]) or math.isinf(times[-1]):
         return None
-    dtype, tensors = x.dtype, field.tensors()
+    dtype, device, tensors = x.dtype, x.device, field.tensors()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN or tensor.dtype is not dtype or tensor.device != device:
             return None
     settings = (
         *key,
         *(members["dim"], members["hidden_dim"], members["num_hidden"]),
         *(members["activation"], members["time_dependent"]),
-        *(dtype, x.shape[1], t.dtype, backwards),
+        *(dtype, device, x.shape[1], t.dtype, backwards),
         *[tensor.shape for tensor in tensors],
     )
     return Memo(settings, _remembered.get(settings), times, tensors)
@@ -394,6 +432,7 @@ class Call:
             x, the field's tensors and the user's times as they were.
         stats: The counts.
         checkpoints: Of the forward solve.
+        later: Of a captured one: what finds its outcome.
     """
 
     native: Native
@@ -401,8 +440,9 @@ class Call:
     times: list[float]
     grid: Sequence[float]
     problem: Callable[..., Problem]
-    stats: SolveStats = field(default_factory=lambda: SolveStats("cpu"))
-    checkpoints: cpu.Checkpoints | None = None
+    stats: SolveStats = field(default_factory=SolveStats)
+    checkpoints: Any = None
+    later: Any = None
 
     def user_times(self) -> list[float]:
         """The times in the user's terms."""
@@ -427,9 +467,12 @@ class Call:
         )
         self.mlp.__dict__["nfe"] += result.nfe
         stats = self.stats
-        stats.method = self.native.method
+        if result.later:  # in a CUDA graph, which may run any number of times
+            stats = self.stats = DeviceStats(later=functools.partial(_counts, result.later))
+            self.later = result.later
+        stats.backend, stats.method = self.native.backend, self.native.method
         stats.nfe, stats.accepted, stats.rejected = result.nfe, result.accepted, result.rejected
-        stats.launches += 1
+        stats.launches += result.launches
         if result.status:
             if result.status <= Status.NON_FINITE:
                 stats.status = Status(result.status)
@@ -469,7 +512,9 @@ class Call:
                 solved_again = self.stats.nfe
                 self.checkpoints = None
         self.stats.nfe_backward = result.nfe + solved_again
-        self.stats.launches += 1
+        self.stats.launches += result.launches
+        if result.later and isinstance(self.stats, DeviceStats):
+            self.stats.later = functools.partial(_counts, self.later, result.later)
         self.mlp.__dict__["nfe"] += result.nfe
         if result.status:
             raise _adjoint_failure(self.problem(x), result)
@@ -492,12 +537,26 @@ class Call:
         return grid
 
 
+def _counts(
+    forward: Callable[[], Any], backward: Callable[[], Any] | None = None
+) -> dict[str, Any]:
+    """What `SolveStats` says of a solve, and its gradient, whose outcomes are on the device."""
+    result = forward()
+    return dict(
+        nfe=result.nfe,
+        nfe_backward=backward().nfe if backward else 0,
+        accepted=result.accepted,
+        rejected=result.rejected,
+        status=Status(min(result.status, Status.NON_FINITE)),  # that of the input too
+    )
+
+
 def _dense(x: Tensor) -> Tensor:
     """The same numbers as the memory is to have them: contiguous, and no negated view."""
     return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
 
 
-def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Tensor) -> Exception:
+def _failure(problem: Problem, native: Native, result: Any, solution: Tensor) -> Exception:
     """The error that the reference path raises where the kernels stopped."""
     status = result.status
     if status == interface.OUT_OF_MEMORY:
@@ -512,7 +571,7 @@ def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Ten
         return failures.stuck_rows(
             problem, result.row, result.rows, result.t, result.dt, is_finite=finite
         )
-    y, f = solution[0], solution[1]
+    y, f = result.last or (solution[0], solution[1])
     t, dt, accepted, rejected = result.t, result.dt, result.accepted, result.rejected
     if status == Status.MAX_STEPS:
         return failures.max_steps(problem, budget, t, dt, accepted, rejected)
@@ -521,7 +580,7 @@ def _failure(problem: Problem, native: Native, result: cpu.Result, solution: Ten
     return failures.non_finite(problem, t, dt, accepted + rejected, f)
 
 
-def _adjoint_failure(problem: Problem, result: cpu.Result) -> Exception:
+def _adjoint_failure(problem: Problem, result: Any) -> Exception:
     """The same for the adjoint ODE."""
     if result.status == interface.OUT_OF_MEMORY:
         return MemoryError("anode_fast: no memory for the gradient")
@@ -611,28 +670,40 @@ def run(call: Call, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype)
 # but tensors can pass from one node to another. Counts are not kept.
 
 _ops = torch.library.Library("anode_fast", "DEF")
-_ops.define("solve(Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor")
 _ops.define(
-    "solve_gradient(Tensor grad, Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor[]"
+    "solve(Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,  # it waits for the outcome
+)
+_ops.define(
+    "solve_gradient(Tensor grad, Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor[]",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_there() -> bool:
-    return library.load() is not None
+def _has_kernels(backend: str, field: tuple[Any, ...], dtype: torch.dtype, device: str) -> bool:
+    spec, on = MLPSpec(*field), torch.device(device)
+    if backend == "cpu":
+        fits = len(spec.hidden) <= cpu.MOST_HIDDEN_LAYERS
+        return library.load() is not None and on.type == "cpu" and fits
+    kernels: Any = gpu.load()
+    return not (gpu.missing() or gpu.why_not_on(on) or kernels.why_not(_field(spec), dtype))
 
 
-def can_compile(mlp: Any, x: Tensor) -> bool:
-    """Whether the operator can run the field on states like x."""
+def can_compile(mlp: Any, x: Tensor, backend: str) -> bool:
+    """Whether the operator can run the field on states like x by a backend, "cpu" or "triton"."""
     return (
         x.dtype in (torch.float32, torch.float64)
-        and x.device.type == "cpu"
-        and all(p.dtype == x.dtype and p.device.type == "cpu" for p in mlp.tensors())
-        and mlp.num_hidden <= cpu.MOST_HIDDEN_LAYERS
+        and all(p.dtype == x.dtype and p.device == x.device for p in mlp.tensors())
         and not any(hasattr(mlp, name) for name in _CALLBACKS)
         and not _has_hooks(mlp)
-        and _is_there()
+        and _has_kernels(backend, _described_field(mlp), x.dtype, str(x.device))
     )
+
+
+def _described_field(mlp: Any) -> tuple[Any, ...]:
+    """The arguments of its MLPSpec."""
+    return (mlp.dim, (mlp.hidden_dim,) * mlp.num_hidden, mlp.activation, mlp.time_dependent)
 
 
 def compiled(
@@ -650,29 +721,28 @@ def compiled(
         t: The user's times.
         columns: Zeros to append to a row of x.
         settings: rtol, atol, method, options as a tuple of pairs, whether every row takes its own
-            steps; numbers, strings and None.
+            steps, and the backend; numbers, strings and None.
     """
-    spec = (mlp.dim, (mlp.hidden_dim,) * mlp.num_hidden, mlp.activation, mlp.time_dependent)
     solution: Tensor = torch.ops.anode_fast.solve(
-        x, mlp.tensors(), t, f"{(spec, columns, settings)}"
+        x, mlp.tensors(), t, f"{(_described_field(mlp), columns, settings)}"
     )
     return solution
 
 
 @functools.lru_cache(maxsize=256)
-def _recipe(call: str) -> tuple[MLPSpec, int, bool, dict[str, Any]]:
-    """Spec, appended columns, whether by row, and make_problem's arguments."""
-    spec, columns, (rtol, atol, method, options, by_row) = ast.literal_eval(call)
+def _recipe(call: str) -> tuple[MLPSpec, int, bool, str, dict[str, Any]]:
+    """Spec, appended columns, whether by row, the backend, and make_problem's arguments."""
+    spec, columns, (rtol, atol, method, options, by_row, backend) = ast.literal_eval(call)
     arguments = dict(rtol=rtol, atol=atol, method=method, options=dict(options))
-    return MLPSpec(*spec), columns, by_row, arguments
+    return MLPSpec(*spec), columns, by_row, backend, arguments
 
 
 @functools.lru_cache(maxsize=256)
 def _native(call: str, dtype: torch.dtype, backwards: bool) -> Native:
-    spec, columns, by_row, arguments = _recipe(call)
+    spec, columns, by_row, backend, arguments = _recipe(call)
     t = torch.tensor([1.0, 0.0] if backwards else [0.0, 1.0])
     problem = make_problem(_no_field, torch.zeros(1, spec.dim, dtype=dtype), t, **arguments)
-    return prepare(problem, spec, spec.dim - columns, keep_steps=False, by_row=by_row)
+    return prepare(backend, problem, spec, spec.dim - columns, keep_steps=False, by_row=by_row)
 
 
 def _no_field(t: Tensor, y: Tensor) -> Tensor:
@@ -680,7 +750,7 @@ def _no_field(t: Tensor, y: Tensor) -> Tensor:
 
 
 def _call(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Call:
-    spec, columns, _, arguments = _recipe(call)
+    spec, columns, _, _, arguments = _recipe(call)
     if x.dtype not in (torch.float32, torch.float64) or x.shape[1:] != (spec.dim - columns,):
         raise InvalidArgument(
             f"anode_fast::solve: x is {x.dtype} {tuple(x.shape)}, want float32 or float64 "
@@ -715,7 +785,9 @@ def _gradient_now(
     prepared = _call(x, parameters, t, call)
     prepared.set_grid(t.dtype)
     found = prepared.gradient(grad, None, x, parameters, [True] * (1 + len(parameters)))
-    return [g for g in found if g is not None]
+    # An operator's results may not share their memory, as a GPU's weight gradients do.
+    shared = prepared.native.backend == "triton"
+    return [g.clone() if shared else g for g in found if g is not None]
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
@@ -729,8 +801,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, t, *parameters)
 
 
-_ops.impl("solve", _solve_now, "CPU")
-_ops.impl("solve_gradient", _gradient_now, "CPU")
+for key in ("CPU", "CUDA"):
+    _ops.impl("solve", _solve_now, key)
+    _ops.impl("solve_gradient", _gradient_now, key)
 torch.library.register_autograd("anode_fast::solve", _backward, setup_context=_setup_context)
 
 

@@ -315,8 +315,9 @@ def solve(
     problem = settings.problem(func, pad(x, columns), t, warn=True)
     backward = settings.backward(problem)
     plan = settings.plan(problem, backward)
-    if plan.backend == "cpu" and mlp is not None and isinstance(x, Tensor):
+    if plan.backend != "reference" and mlp is not None and isinstance(x, Tensor):
         native = fused.prepare(
+            plan.backend,
             problem,
             mlp.spec(),
             x.shape[1],
@@ -370,7 +371,7 @@ def _can_compile(mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, column
     return (
         settings.key() is not None
         and discrete
-        and settings.backend in ("auto", "cpu")
+        and settings.backend != "reference"
         and family in (FIXED, ADAPTIVE)
         and settings.step_control in controls
         and set(options) <= OPTIONS[family] - {"perturb", "norm", "step_t", "jump_t"}
@@ -379,7 +380,7 @@ def _can_compile(mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, column
         and x.shape[1] + columns == mlp.dim
         and t.is_floating_point()
         and not t.requires_grad
-        and fused.can_compile(mlp, x)
+        and fused.can_compile(mlp, x, _compiled_backend(settings, x))
     )
 
 
@@ -389,8 +390,16 @@ def _compiled(
     """A solve as one node of a graph that torch.compile traces. Its counts are not known."""
     options = tuple((settings.options or {}).items())
     by_row = settings.step_control == "sample"
-    recipe = (settings.rtol, settings.atol, settings.method, options, by_row)
-    return fused.compiled(mlp, x, t, columns, recipe), SolveStats("cpu", settings.method or "")
+    backend = _compiled_backend(settings, x)
+    recipe = (settings.rtol, settings.atol, settings.method, options, by_row, backend)
+    return fused.compiled(mlp, x, t, columns, recipe), SolveStats(backend, settings.method or "")
+
+
+def _compiled_backend(settings: Settings, x: Tensor) -> str:
+    """Whose kernels a compiled call uses, if they can."""
+    if settings.backend == "auto":
+        return "triton" if x.device.type == "cuda" else "cpu"
+    return settings.backend
 
 
 def odeint_event(

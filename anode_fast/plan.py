@@ -17,6 +17,7 @@ from anode_fast import fused
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
 from anode_fast.fields import MLPField
+from anode_fast.kernels import gpu
 from anode_fast.kernels.cpu import library
 from anode_fast.problem import ADAMS, ADAPTIVE, SCIPY, Problem
 
@@ -24,7 +25,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 GRADIENTS = ("auto", "autograd", "discrete", "continuous")
 STEP_CONTROLS = ("batch", "sample")
 
-_NO_TRITON = "the Triton kernels are not part of this version"
+_NO_GPU = "the state is not on a GPU"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Plan:
     """How a call is carried out.
 
     Attributes:
-        backend: "reference" or "cpu".
+        backend: "reference", "cpu" or "triton".
         gradient: "autograd", "discrete" or "continuous".
         keep_steps: For "discrete": whether the steps' states stay in memory until the backward
             pass.
@@ -97,7 +98,7 @@ def choose(
             'odeint: gradient="continuous" needs step_control="batch". Use gradient="discrete".'
         )
     wanted = "continuous" if gradient == "auto" and has_adjoint_options else gradient
-    chosen, why = _choose_backend(problem, backend, wanted, backward, params)
+    chosen, why = _choose_backend(problem, backend, wanted, by_row, backward, params)
     keep_steps = True
     if gradient == "auto":
         automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, chosen)
@@ -112,6 +113,7 @@ def _choose_backend(
     problem: Problem,
     backend: str,
     gradient: str,
+    by_row: bool,
     backward: AdjointOptions,
     params: Sequence[Tensor] | None,
 ) -> tuple[str, tuple[str, ...]]:
@@ -122,29 +124,38 @@ def _choose_backend(
     known = type(field) is MLPField
     tensors = field.tensors() if isinstance(field, MLPField) and known else []
     spec = field.spec() if isinstance(field, MLPField) and known else None
-    no_cpu = fused.why_not(problem, spec, tensors)
-    if not no_cpu and gradient == "autograd":
-        no_cpu = 'gradient="autograd" goes through the reference solver\'s operations'
-    if not no_cpu and gradient == "continuous":
-        no_cpu = fused.why_not_adjoint(problem, backward)
-    if not no_cpu and params is not None and {id(x) for x in params} != {id(x) for x in tensors}:
-        no_cpu = "adjoint_params are not the field's own parameters"
-    reasons = {"cpu": no_cpu, "triton": _NO_TRITON}
+    reasons: dict[str, str] = {}
+    for name in ("cpu", "triton"):
+        if name == "triton" and backend == "auto" and not problem.y0.is_cuda:
+            reasons[name] = _NO_GPU
+            continue
+        why = fused.why_not(name, problem, spec, tensors)
+        if not why and gradient == "autograd":
+            why = 'gradient="autograd" goes through the reference solver\'s operations'
+        if not why and gradient == "continuous":
+            why = fused.why_not_adjoint(name, problem, backward)
+        if not why and params is not None and {id(x) for x in params} != {id(x) for x in tensors}:
+            why = "adjoint_params are not the field's own parameters"
+        reasons[name] = why
     if backend != "auto" and reasons[backend]:
         raise InvalidArgument(
             f'odeint: backend="{backend}" cannot run this call: {reasons[backend]}. Use '
             '"auto" or "reference".'
         )
-    if not no_cpu:
-        return "cpu", ("backend: the C++ kernels run the whole solve in one call",)
-    return "reference", tuple(f"backend: not {name}: {why}" for name, why in reasons.items())
+    chosen = [name for name in reasons if not reasons[name] and backend in ("auto", name)]
+    if not chosen:
+        return "reference", tuple(f"backend: not {name}: {why}" for name, why in reasons.items())
+    if chosen[0] == "triton" and spec is not None:
+        how = fused.described(problem, spec, by_row)
+        return "triton", (f"backend: the Triton kernels run the whole solve: {how}",)
+    return "cpu", ("backend: the C++ kernels run the whole solve in one call",)
 
 
 def _automatic(
     problem: Problem, is_adjoint: bool, has_adjoint_options: bool, by_row: bool, backend: str
 ) -> tuple[str, bool, str]:
     """Gradient, whether it keeps the steps, and why."""
-    if backend == "cpu":
+    if backend != "reference":
         if has_adjoint_options:
             return "continuous", True, "odeint_adjoint got adjoint_* arguments for the adjoint ODE"
         if is_adjoint and problem.family != ADAPTIVE:
@@ -201,6 +212,8 @@ def show_config() -> str:
         f"backend cpu: missing: {library.missing()}"
         if library.missing()
         else f"backend cpu: works (C++, {library.instruction_set()}, {library.path()})",
-        f"backend triton: missing: {_NO_TRITON}",
+        f"backend triton: missing: {gpu.missing()}"
+        if gpu.missing()
+        else f"backend triton: {gpu.describe()}",
     ]
     return "\n".join(lines)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class Status(IntEnum):
@@ -27,7 +29,7 @@ class SolveStats:
             gradient="autograd", which evaluates nothing anew).
         accepted: Accepted steps. For step_control="sample": of the row that took most.
         rejected: Rejected steps. For step_control="sample": of the row that took most.
-        launches: Native launches or calls made (0 on the reference path).
+        launches: Native launches or calls made (0 on the reference path), both passes.
         status: Outcome; anything but SUCCESS was raised as a SolverError.
     """
 
@@ -39,3 +41,22 @@ class SolveStats:
     rejected: int = 0
     launches: int = 0
     status: Status = Status.SUCCESS
+
+
+@dataclass
+class DeviceStats(SolveStats):
+    """Counts of a solve in a CUDA graph, which are on the device.
+
+    A look at one of them waits for the device and gives those of the graph's last run. Nothing was
+    raised where `status` is not SUCCESS: the solution then is nan.
+
+    Attributes:
+        later: Waits, and returns the counts by name.
+    """
+
+    later: Callable[[], dict[str, Any]] = dict
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("nfe", "nfe_backward", "accepted", "rejected", "status"):
+            vars(self).update(object.__getattribute__(self, "later")())
+        return object.__getattribute__(self, name)

@@ -78,12 +78,14 @@ def message(error, call, *args):
 # --- the operators --------------------------------------------------------------------------------
 
 
-def operator_arguments(dtype, method, options, by_row=False, columns=0, backwards=False):
+def operator_arguments(
+    dtype, method, options, by_row=False, columns=0, backwards=False, backend="cpu"
+):
     """Of torch.ops.anode_fast.solve, as `odeint` gives them."""
     field = MLPField(4, 8, activation="tanh").to(dtype)
     x = torch.randn(5, 4 - columns, dtype=dtype, requires_grad=True)
     t = torch.tensor([1.0, 0.4, 0.0] if backwards else [0.0, 0.4, 1.0], dtype=f64)
-    settings = (1e-4, 1e-4, method, tuple(options.items()), by_row)
+    settings = (1e-4, 1e-4, method, tuple(options.items()), by_row, backend)
     call = f"{((4, (8, 8), 'tanh', True), columns, settings)}"
     return x, field.tensors(), t, call
 
@@ -99,8 +101,9 @@ def operator_arguments(dtype, method, options, by_row=False, columns=0, backward
         dict(method="bosh3", options={}, by_row=True),
         dict(method="dopri5", options={}, backwards=True),
         dict(method="rk4", options={"step_size": 0.25}, columns=1, backwards=True),
+        dict(method="dopri5", options={}, columns=1, backend="triton"),
     ],
-    ids=["fixed", "adaptive", "augmented", "by row", "backwards", "fixed backwards"],
+    ids=["fixed", "adaptive", "augmented", "by row", "backwards", "fixed backwards", "triton"],
 )
 def test_operators_pass_torchs_checks(given, dtype):
     x, parameters, t, call = operator_arguments(dtype, **given)
@@ -119,6 +122,7 @@ BLOCKS = {
     "fixed": {"method": "rk4", "options": {"step_size": 0.1}},
     "backwards": {"t": (1.0, -0.5)},
     "not augmented": {"augmentation": nn.Linear(3, 2)},
+    "triton": {"backend": "triton"},
 }
 
 

@@ -90,6 +90,9 @@ class Result(ctypes.Structure):
         ("output", c_int64),
     ]
 
+    launches = 1
+    last = later = None  # as a GPU's result has them
+
 
 @functools.lru_cache(maxsize=256)
 def _packer(integers: int, floats: int = 0) -> Callable[..., bytes]:

@@ -1,24 +1,25 @@
 """A solve on a GPU with everything fixed but the tensors: buffers, launches, and what they left.
 
 Nothing waits for the device but the look at how a solve ended, once at its end, and, where a solve
-needs many launches, once every `CHUNK` of them. While a CUDA graph is captured nothing waits at
-all: see `Solve.forward`.
+takes many launches, once every `CHUNK` of them. While a CUDA graph is captured nothing waits at
+all; the outcome then is in memory on the device, and a solve that failed returns nan.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-from anode_fast.kernels.gpu import adjoint, controller, launch, mlp, runge_kutta
+from anode_fast.kernels.gpu import adjoint, continuous, controller, launch, mlp, runge_kutta
 from anode_fast.kernels.gpu.launch import Launch
 from anode_fast.kernels.interface import (
     BATCH,
@@ -37,8 +38,14 @@ CHUNK = 16
 CHECKPOINT_BYTES = 32 << 20
 """Of the checkpoints that a solve begins with; it gets more when they are full."""
 
+STEPS_AT_ONCE = 16
+"""Steps of a tile whose weight gradients are made at the same time, after the adjoint ODE."""
+
 MOST_CAPTURED = 256
-"""Attempts that a captured solve of several programs may need at most: each one is a launch."""
+"""Attempts that a captured solve by several programs may take: all are launched, needed or not."""
+
+MOST_CAPTURED_BYTES = 1 << 30
+"""Of the checkpoints of a captured solve, which have to hold all steps that it may take."""
 
 
 @dataclass
@@ -55,8 +62,12 @@ class Result:
     rows: int = 0
     output: int = 0
     launches: int = 0
+    nfe_again: int = 0
+    """Evaluations that it takes the discrete gradient to make all stages again."""
     last: tuple[Tensor, Tensor] | None = None
     """Of a failure with one step size: the last state and its derivative."""
+    later: Callable[[], Result] | None = None
+    """Of a captured solve, whose other counts are 0: waits for the device and finds them there."""
 
 
 @dataclass
@@ -72,8 +83,20 @@ class Checkpoints:
     num_steps: int
     tile: int
     result: Result
-    evaluations: int
-    """That making its stages again takes, for fixed steps."""
+
+
+def why_not(field: Field, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run the field; "" if they can."""
+    if len(set(field.hidden)) > 1:
+        return "the field's hidden layers have different widths"
+    if field.dim > launch.MOST_DIM or field.hidden[0] > launch.MOST_HIDDEN:
+        return (
+            f"the state has {field.dim} columns and hidden layers {field.hidden[0]} units, the "
+            f"GPU kernels take {launch.MOST_DIM} and {launch.MOST_HIDDEN} at most"
+        )
+    if len(field.hidden) > launch.MOST_LAYERS:
+        return f"the field has more than {launch.MOST_LAYERS} hidden layers"
+    return ""
 
 
 class Solve:
@@ -137,10 +160,12 @@ class Solve:
             out, result, checkpoints = solve(*arguments)
         return out, result, checkpoints if keep and result.status == SUCCESS else None
 
-    def _configuration(self, kernel: str, x: Tensor, rows: int) -> tuple[mlp.MLP, Launch]:
+    def _configuration(
+        self, kernel: str, device: torch.device, rows: int
+    ) -> tuple[mlp.MLP, Launch]:
         found: tuple[mlp.MLP, Launch] = launch.configuration(
             *(kernel, rows, self.field, launch.precision(self.dtype)),
-            *(self.dtype == torch.float64, _capability(x.device)),
+            *(self.dtype == torch.float64, _capability(device)),
         )
         return found
 
@@ -155,7 +180,7 @@ class Solve:
 
     def _arguments(self, x: Tensor, rows: int) -> tuple[dict[str, Any], int]:
         """What the forward kernels have in common, and the number of programs."""
-        F, config = self._configuration("forward", x, rows)
+        F, config = self._configuration("forward", x.device, rows)
         S, B = self.stages, config.rows
         programs = max(1, triton.cdiv(rows, B))
         size = S * B * F.D + F.record_size(B)
@@ -184,7 +209,6 @@ class Solve:
         rows, num_steps = x.shape[0], len(grid) - 1
         arguments, programs = self._arguments(x, rows)
         plan = _plan(times, grid, self.stages, self.method.last_on_demand)
-        evaluations = sum(last - first for _, _, first, last in plan)
         times_on, ends_on = (_doubles(values, x.device) for values in (times, grid))
         plan_on = _integers(plan, x.device)
         out = _empty(x, (len(times), rows, self.dim))
@@ -203,14 +227,19 @@ class Solve:
             KEEP=keep,
             **arguments,
         )
-        result = Result(nfe=evaluations, accepted=num_steps, launches=1)
-        bad = float(control[:, controller.OUTPUT.value].amin())
-        if bad < len(times):
-            result.status = NON_FINITE_INPUT if bad < 0 else NON_FINITE
-            result.output = int(bad)
+        evaluations = sum(last - first for _, _, first, last in plan)
+
+        def outcome() -> Result:
+            bad = int(control[:, controller.OUTPUT.value].amin())
+            result = Result(nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=1)
+            if bad < len(times):
+                result.status = NON_FINITE_INPUT if bad < 0 else NON_FINITE
+                result.output = bad
+            return result
+
+        result = Result(launches=1, later=outcome) if _is_captured(x.device) else outcome()
         kept = Checkpoints(
-            *(states, ends_on, plan_on, control, times_on, rows, num_steps, arguments["B"]),
-            *(result, evaluations),
+            states, ends_on, plan_on, control, times_on, rows, num_steps, arguments["B"], result
         )
         return out, result, kept
 
@@ -224,57 +253,73 @@ class Solve:
     ) -> tuple[Tensor, Result, Checkpoints]:
         rows = x.shape[0]
         arguments, programs = self._arguments(x, rows)
+        is_captured = _is_captured(x.device)
         times_on = _doubles(times, x.device)
         out = _empty(x, (len(times), rows, self.dim))
-        capacity = self._capacity(x, rows) if keep else 0
+        capacity = self._capacity(x, rows, is_captured) if keep else 0
         states = _empty(x, (capacity + 1 if keep else 2, 2, rows, self.dim))
         steps = _empty(x, (capacity, 2), torch.float64)
         control = _zeros(x, (CONTROL,))
         sums = _empty(x, (programs, runge_kutta.SUMS.value), torch.float64)
         arrivals = _zeros(x, (1,), torch.int32)
         launches = 0
-        while True:
-            for _ in range(1 if programs == 1 else CHUNK):
-                runge_kutta.adaptive[(programs,)](
-                    weights=parameters,
-                    times=times_on,
-                    out=out,
-                    states=states,
-                    steps=steps,
-                    control=control,
-                    sums=sums,
-                    arrivals=arrivals,
-                    num_times=len(times),
-                    capacity=capacity,
-                    programs=programs,
-                    KEEP=keep,
-                    LOOP=programs == 1,
-                    **arguments,
-                )
-                launches += 1
+
+        def launch_once() -> None:
+            runge_kutta.adaptive[(programs,)](
+                weights=parameters,
+                times=times_on,
+                out=out,
+                states=states,
+                steps=steps,
+                control=control,
+                sums=sums,
+                arrivals=arrivals,
+                num_times=len(times),
+                capacity=capacity,
+                programs=programs,
+                KEEP=keep,
+                LOOP=programs == 1,
+                **arguments,
+            )
+
+        def outcome() -> Result:
             state = control.tolist()
-            if state[_STATUS] == controller.FULL.value:
-                capacity = min(2 * capacity, self._max_num_steps)
-                states = _grown(states, capacity + 1)
-                steps = _grown(steps, capacity)
-                control[_STATUS].zero_()
-            elif state[_STATUS] != controller.RUNNING.value:
-                break
-        result = Result(
-            status=int(state[_STATUS]) - 1,
-            nfe=int(state[controller.NFE.value]),
-            accepted=int(state[controller.ACCEPTED.value]),
-            rejected=int(state[controller.REJECTED.value]),
-            t=state[controller.T.value],
-            dt=state[controller.DT.value],
-            launches=launches,
-        )
-        if result.status != SUCCESS:
-            y, f = states[result.accepted if keep else result.accepted % 2]
-            result.last = y, f
+            accepted = int(state[controller.ACCEPTED.value])
+            return Result(
+                status=int(state[_STATUS]) - 1,
+                nfe=int(state[controller.NFE.value]),
+                accepted=accepted,
+                rejected=int(state[controller.REJECTED.value]),
+                t=state[controller.T.value],
+                dt=state[controller.DT.value],
+                launches=launches,
+                nfe_again=accepted * (self.stages - 1) + 1,
+            )
+
+        if is_captured:
+            launches = 1 if programs == 1 else self._captured_attempts() + 2
+            for _ in range(launches):
+                launch_once()
+            result = Result(launches=launches, later=outcome)
+            out.masked_fill_(control[_STATUS] != controller.SUCCESS.value, math.nan)
+        else:
+            chunk = _Chunk(launch_once, 1 if programs == 1 else CHUNK, x.device)
+            while True:
+                launches += chunk.launch()
+                result = outcome()
+                if result.status == _FULL:
+                    capacity = min(2 * capacity, self._max_num_steps)
+                    states = _grown(states, capacity + 1)
+                    steps = _grown(steps, capacity)
+                    control[_STATUS].zero_()
+                    chunk = _Chunk(launch_once, chunk.size, x.device)
+                elif result.status != _RUNNING:
+                    break
+            if result.status != SUCCESS:
+                y, f = states[result.accepted if keep else result.accepted % 2]
+                result.last = y, f
         kept = Checkpoints(
-            *(states, steps, arrivals, control, times_on, rows, 0, arguments["B"]),
-            *(result, result.accepted * (self.stages - 1) + 1),
+            states, steps, arrivals, control, times_on, rows, 0, arguments["B"], result
         )
         return out, result, kept
 
@@ -288,9 +333,10 @@ class Solve:
     ) -> tuple[Tensor, Result, Checkpoints]:
         rows = x.shape[0]
         arguments, programs = self._arguments(x, rows)
+        is_captured = _is_captured(x.device)
         times_on = _doubles(times, x.device)
         out = _empty(x, (len(times), rows, self.dim))
-        capacity = self._capacity(x, rows) if keep else 0
+        capacity = self._capacity(x, rows, is_captured) if keep else 0
         states = _empty(x, (capacity + 1, 2, rows, self.dim))
         steps = _empty(x, (capacity, 2, rows), torch.float64)
         control = _zeros(x, (programs, CONTROL))
@@ -311,18 +357,23 @@ class Solve:
                 **arguments,
             )
             launches += 1
-            state = control.cpu()
-            if not (state[:, _STATUS] == controller.FULL.value).any():
+            if is_captured or not (control[:, _STATUS] == controller.FULL.value).any():
                 break
             capacity = min(2 * capacity, self._max_num_steps)
             states = _grown(states, capacity + 1)
             steps = _grown(steps, capacity)
-        result = self._merged(state, row_control[3:, :rows])
-        result.launches = launches
-        slots = int(state[:, controller.ACCEPTED.value].max())
+
+        def outcome() -> Result:
+            result = self._merged(control.cpu(), row_control[3:, :rows])
+            result.launches = launches
+            return result
+
+        if is_captured:
+            failed = (control[:, _STATUS] != controller.SUCCESS.value).any()
+            out.masked_fill_(failed, math.nan)
+        result = Result(launches=launches, later=outcome) if is_captured else outcome()
         kept = Checkpoints(
-            *(states, steps, control, control, times_on, rows, 0, arguments["B"]),
-            *(result, slots * (self.stages - 1) + 1),
+            states, steps, arguments["scratch"], control, times_on, rows, 0, arguments["B"], result
         )
         return out, result, kept
 
@@ -347,12 +398,31 @@ class Solve:
                 result.t = float(first[:, controller.T.value].min())
         evaluations = 1 if self._settings[controller.FIRST_STEP.value] else 2
         result.nfe = evaluations + int(made) * (self.stages - 1)
+        result.nfe_again = int(state[:, controller.ACCEPTED.value].max()) * (self.stages - 1) + 1
         return result
 
-    def _capacity(self, x: Tensor, rows: int) -> int:
-        """Steps for which there are checkpoints at first."""
+    def _capacity(self, x: Tensor, rows: int, is_captured: bool) -> int:
+        """Steps for which there are checkpoints at first; if captured, once and for all."""
         size = max(2 * rows * self.dim * x.element_size(), 1)
-        return int(min(max(CHECKPOINT_BYTES // size, 8), 128, self._max_num_steps))
+        if not is_captured:
+            return int(min(max(CHECKPOINT_BYTES // size, 8), 128, self._max_num_steps))
+        if self._max_num_steps * size > MOST_CAPTURED_BYTES:
+            raise ValueError(
+                f"anode_fast: a captured solve keeps room for the checkpoints of all steps that it "
+                f"may take, here {self._max_num_steps} of {size} bytes. Set "
+                f"options['max_num_steps'] to {MOST_CAPTURED_BYTES // size} at most."
+            )
+        return self._max_num_steps
+
+    def _captured_attempts(self) -> int:
+        if self._max_num_steps > MOST_CAPTURED:
+            raise ValueError(
+                "anode_fast: a captured solve whose batch takes several programs makes all "
+                f"attempts that it may need, here {self._max_num_steps}. Set "
+                f"options['max_num_steps'] to {MOST_CAPTURED} at most, or use "
+                'step_control="sample".'
+            )
+        return self._max_num_steps
 
     # --- gradients
 
@@ -377,7 +447,7 @@ class Solve:
             The gradient for x or None, those of the parameters (none if not wanted), the counts.
         """
         rows, S = checkpoints.rows, self.stages
-        F, config = self._configuration("gradient", grad, rows)
+        F, config = self._configuration("gradient", grad.device, rows)
         B = min(config.rows, checkpoints.tile)
         programs = min(max(1, triton.cdiv(rows, B)), _most_programs(grad.device))
         record = F.record_size(B)
@@ -413,8 +483,244 @@ class Solve:
                 num_stages=1,
             )
             grads = self._reduced(sums, parameters) if wanted else []
-        result = Result(nfe=checkpoints.evaluations, launches=2 if wanted else 1)
+        forward, launches = checkpoints.result, 2 if wanted else 1
+        result = Result(nfe=forward.nfe_again, launches=launches)
+        if found := forward.later:
+            result.later = lambda: Result(nfe=found().nfe_again, launches=launches)
         return x_grad if x is not None else None, grads, result
+
+    def continuous_gradient(
+        self,
+        solution: Tensor,
+        parameters: Sequence[Tensor],
+        times: Sequence[float],
+        grad: Tensor,
+        x: Tensor | None,
+        wanted: Sequence[bool],
+        grid: Sequence[float] = (),
+        seminorm: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor | None], Result]:
+        """The gradient of a solve by the adjoint ODE, which this method and these options solve.
+
+        The options `backwards` and `data_dim` are those of the solve itself, whatever its others.
+
+        Args:
+            solution: What the solve returned, [times, rows, dim], contiguous.
+            parameters: As in `forward`.
+            times: Output times of the solve.
+            grad: Cotangent of the solution, [times, rows, dim], contiguous.
+            x: A tensor like the gradient for x, if that is wanted.
+            wanted: Whether each parameter's gradient is wanted.
+            grid: For fixed steps: their ends in negated time, increasing, from the last output time
+                to the first; the others are among them, once, or twice where grids meet there.
+            seminorm: Whether to leave the parameters' gradients out of the norm.
+
+        Returns:
+            The gradient for x or None; those of the parameters, None where not wanted; the counts.
+
+        Raises:
+            ValueError: With adaptive steps, parameters' gradients are wanted, and in the norm.
+        """
+        is_fixed = self.control == FIXED or len(times) == 1
+        if any(wanted) and not (is_fixed or seminorm):
+            raise ValueError("the adjoint ODE's norm includes the parameters, which no kernel does")
+        arguments = (solution, tuple(parameters), tuple(times), grad, any(wanted))
+        with _on(grad.device):
+            x_grad, grads, result = (
+                self._continuous_fixed(*arguments, tuple(grid))
+                if is_fixed
+                else self._continuous_adaptive(*arguments)
+            )
+        found = [g if asked else None for g, asked in zip(grads, wanted, strict=True)]
+        return x_grad if x is not None else None, found, result
+
+    def _continuous_fixed(
+        self,
+        solution: Tensor,
+        parameters: tuple[Tensor, ...],
+        times: tuple[float, ...],
+        grad: Tensor,
+        wanted: bool,
+        grid: tuple[float, ...],
+    ) -> tuple[Tensor, Sequence[Tensor | None], Result]:
+        rows, S = solution.shape[1], self.stages
+        shared, F, tiles = self._adjoint_arguments(grad, parameters, rows)
+        record = F.record_size(shared["B"])
+        size = (2 * S + 2) * shared["B"] * F.D + S * record + S
+        programs = min(tiles, _most_programs(grad.device))
+        ends, pieces = _adjoint_steps(times, grid)
+        inner = S - 1 if self.method.last_at_solution else S
+        x_grad = _empty(grad, (rows, self.data_dim))
+        control = _zeros(grad, (tiles, CONTROL))
+        sums = _zeros(grad, (programs, F.weights if wanted else 0), self.dtype)
+        continuous.fixed[(programs,)](
+            ends=_doubles(ends, grad.device),
+            plan=_integers(pieces, grad.device),
+            solution=solution,
+            grad=grad,
+            x_grad=x_grad,
+            control=control,
+            sums=sums,
+            scratch=_empty(grad, (programs, size)),
+            num_times=len(times),
+            inner=inner,
+            programs=programs,
+            **dict(ACCUMULATE=mlp.accumulate, SIZE=record, WEIGHTS=sums.shape[1]),
+            **dict(DATA=self.data_dim, SCRATCH=size),
+            **shared,
+        )
+        grads = self._reduced(sums, parameters) if wanted else [None] * len(parameters)
+        launches = 2 if wanted else 1
+
+        def outcome() -> Result:
+            state = control.amax(0).tolist()  # of all tiles the worst status, the first output
+            steps = max(len(ends) - 1, 0)
+            result = Result(max(int(state[_STATUS]) - 1, SUCCESS), steps * inner, steps)
+            result.launches = launches
+            if result.status == NON_FINITE:
+                result.output = int(state[controller.OUTPUT.value])
+                result.t = times[result.output]
+            return result
+
+        if _is_captured(grad.device):
+            failed = (control[:, _STATUS] != controller.SUCCESS.value).any()
+            _spoil(failed, x_grad, *grads)
+            return x_grad, grads, Result(launches=launches, later=outcome)
+        return x_grad, grads, outcome()
+
+    def _continuous_adaptive(
+        self,
+        solution: Tensor,
+        parameters: tuple[Tensor, ...],
+        times: tuple[float, ...],
+        grad: Tensor,
+        wanted: bool,
+    ) -> tuple[Tensor, Sequence[Tensor | None], Result]:
+        rows, S, pieces = solution.shape[1], self.stages, len(times) - 1
+        is_captured = _is_captured(grad.device)
+        shared, F, programs = self._adjoint_arguments(grad, parameters, rows)
+        times_on = _doubles(times, grad.device)
+        record = F.record_size(shared["B"])
+        size = 2 * S * shared["B"] * F.D + record
+        scratch = _empty(grad, (programs, size))
+        capacity = pieces * self._capacity(grad, 2 * pieces * rows, is_captured) if wanted else 0
+        x_grad = _empty(grad, (rows, self.data_dim))
+        states = _empty(grad, (capacity + 1 if wanted else 2, 4, rows, self.dim))
+        steps = _empty(grad, (capacity, 3), torch.float64)
+        control = _zeros(grad, (CONTROL,))
+        progress = _zeros(grad, (continuous.PROGRESS.value,))
+        attempt_sums = _empty(grad, (programs, continuous.SUMS.value), torch.float64)
+        arrivals = _zeros(grad, (1,), torch.int32)
+        # A program for each step of a tile would leave too many sums to add up.
+        at_once = min(programs * STEPS_AT_ONCE, _most_programs(grad.device))
+        sums = _zeros(grad, (at_once, F.weights if wanted else 0), self.dtype)
+        size_again = size + (S - 1) * record + S
+        scratch_again = _empty(grad, (at_once, size_again if wanted else 0))
+        grads: Sequence[Tensor | None] = [None] * len(parameters)
+        launches = 0
+
+        def launch_once() -> None:
+            continuous.adaptive[(programs,)](
+                times=times_on,
+                solution=solution,
+                grad=grad,
+                x_grad=x_grad,
+                states=states,
+                steps=steps,
+                control=control,
+                progress=progress,
+                sums=attempt_sums,
+                arrivals=arrivals,
+                scratch=scratch,
+                num_times=len(times),
+                capacity=capacity,
+                programs=programs,
+                **dict(TIME_GRADIENT=mlp.time_gradient, DATA=self.data_dim, SCRATCH=size),
+                **dict(KEEP=wanted, LOOP=programs == 1),
+                **shared,
+            )
+
+        def weight_gradients() -> list[Tensor]:
+            """Queued before it is known that the solve has ended; they do nothing until then."""
+            continuous.quadrature[(at_once,)](
+                times=times_on,
+                states=states,
+                steps=steps,
+                control=control,
+                progress=progress,
+                sums=sums,
+                scratch=scratch_again,
+                programs=at_once,
+                **dict(ACCUMULATE=mlp.accumulate, SIZE=record, WEIGHTS=F.weights),
+                SCRATCH=size_again,
+                **shared,
+            )
+            return self._reduced(sums, parameters)
+
+        def outcome() -> Result:
+            state, before = control.tolist(), progress.tolist()
+            accepted, rejected = (
+                int(state[now.value] + before[earlier.value])
+                for now, earlier in (
+                    (controller.ACCEPTED, continuous.ACCEPTED_BEFORE),
+                    (controller.REJECTED, continuous.REJECTED_BEFORE),
+                )
+            )
+            return Result(
+                status=int(state[_STATUS]) - 1,
+                nfe=int(state[controller.NFE.value]),
+                accepted=accepted,
+                rejected=rejected,
+                t=-state[controller.T.value],
+                dt=state[controller.DT.value],
+                launches=launches,
+            )
+
+        if is_captured:
+            launches = 1 if programs == 1 else pieces * (self._captured_attempts() + 1) + 1
+            for _ in range(launches):
+                launch_once()
+            if wanted:
+                grads = weight_gradients()
+                launches += 2
+            _spoil(control[_STATUS] != controller.SUCCESS.value, x_grad, *grads)
+            return x_grad, grads, Result(launches=launches, later=outcome)
+        chunk = _Chunk(launch_once, 1 if programs == 1 else CHUNK, grad.device)
+        while True:
+            launches += chunk.launch()
+            if wanted:
+                grads = weight_gradients()
+                launches += 2
+            result = outcome()
+            if result.status == _FULL:
+                capacity = min(2 * capacity, pieces * self._max_num_steps)
+                states = _grown(states, capacity + 1)
+                steps = _grown(steps, capacity)
+                control[_STATUS].zero_()
+                chunk = _Chunk(launch_once, chunk.size, grad.device)
+            elif result.status != _RUNNING:
+                return x_grad, grads, result
+
+    def _adjoint_arguments(
+        self, grad: Tensor, parameters: tuple[Tensor, ...], rows: int
+    ) -> tuple[dict[str, Any], mlp.MLP, int]:
+        """What the kernels of continuous.py have in common; the field; the number of tiles."""
+        F, config = self._configuration("gradient", grad.device, rows)
+        tableau, settings = self._constants(grad.device)
+        return (
+            dict(
+                weights=parameters,
+                tableau=tableau,
+                settings=settings,
+                rows=rows,
+                **dict(EVALUATE=mlp.evaluate, VJP=mlp.vjp, F=F, DIM=self.dim),
+                **dict(S=self.stages, B=config.rows, D=F.D),
+                num_warps=config.warps,
+                num_stages=1,
+            ),
+            F,
+            max(1, triton.cdiv(rows, config.rows)),
+        )
 
     @staticmethod
     def _reduced(sums: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -426,14 +732,72 @@ class Solve:
         parts = flat.split([p.numel() for p in parameters])
         return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
+    def describe(self, rows: int, device: torch.device) -> str:
+        """Which kernel solves that many rows, in how many launches, with what arithmetic."""
+        kernel = {FIXED: "fixed", BATCH: "adaptive", SAMPLE: "adaptive_by_row"}[self.control]
+        _, config = self._configuration("forward", device, rows)
+        programs = max(1, triton.cdiv(rows, config.rows))
+        launches = "1 launch"
+        if self.control == BATCH and programs > 1:
+            launches = "1 launch for each attempted step, and 2"
+        arithmetic = {
+            "tf32x3": "float32 (products of three tf32 parts)",
+            "tf32": "tf32 products, float32 sums (torch's float32_matmul_precision)",
+            "ieee": str(self.dtype).removeprefix("torch."),
+        }[launch.precision(self.dtype)]
+        return f"{kernel}, {programs} x {config.rows} rows, {launches}, {arithmetic}"
+
 
 CONTROL = controller.CONTROL.value
 _STATUS = controller.STATUS.value
+_FULL = controller.FULL.value - 1
+_RUNNING = controller.RUNNING.value - 1
+
+
+class _Chunk:
+    """Queues so many launches; when asked for the third time and after that, as a CUDA graph."""
+
+    def __init__(self, launch_once: Callable[[], None], size: int, device: torch.device) -> None:
+        self.size = size
+        self._launch_once = launch_once
+        self._device = device
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def launch(self) -> int:
+        """Queues them. Returns how many."""
+        self._calls += 1
+        if self._device.type == "cuda" and self.size > 1 and self._calls > 2:
+            if self._graph is None:
+                self._graph = self._capture()
+            self._graph.replay()
+        else:
+            self._queue()
+        return self.size
+
+    def _queue(self) -> None:
+        for _ in range(self.size):
+            self._launch_once()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Not by torch.cuda.graph, which empties the allocator's cache first. Nothing is allocated
+        # here, and nothing runs: the kernels are compiled since the first chunk.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            self._queue()
+            graph.capture_end()
+        return graph
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether launches go into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _on(device: torch.device) -> Any:
-    """Makes launches go to the device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Makes launches go to the device; the interpreter's numpy warns where a GPU says nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else np.errstate(all="ignore")
 
 
 @functools.cache
@@ -451,6 +815,13 @@ def _most_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _spoil(failed: Tensor, *found: Tensor | None) -> None:
+    """Makes a result nan if `failed`, a single bool on the device."""
+    for tensor in found:
+        if tensor is not None:
+            tensor.masked_fill_(failed, math.nan)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -479,7 +850,9 @@ def _doubles(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _integers(values: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def _integers(
+    values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device
+) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
@@ -493,6 +866,14 @@ def _tableau(method: Method) -> list[list[float]]:
     euler = [1.0] + [0.0] * (stages - 1)
     powers = [list(power) for power in zip(*method.interpolant, strict=True)]
     return [*rows, list(method.b), euler, list(method.b_err), list(method.c), *powers]
+
+
+def _adjoint_steps(
+    times: tuple[float, ...], grid: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The steps of a grid for `continuous_gradient`: their ends, once, and where pieces begin."""
+    ends = tuple(dict.fromkeys(grid))
+    return ends, tuple(bisect.bisect_left(ends, -time) for time in reversed(times))
 
 
 @functools.lru_cache(maxsize=64)

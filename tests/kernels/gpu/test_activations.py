@@ -28,9 +28,6 @@ from anode_fast.kernels.gpu import activations  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 DTYPES = (np.float32, np.float64)
-# What the module promises, in units in the last place. Of 1, where a derivative comes from a value:
-# that of tanh doubles its value's error, but below 1 a unit is half as large.
-ULPS = {np.float32: 8, np.float64: 16}
 INF, NAN = np.inf, np.nan
 
 
@@ -59,6 +56,15 @@ def run(device, name, x):
     return out.cpu().numpy()
 
 
+def promised(name, dtype):
+    """Units in the last place.
+
+    Of 1, where a derivative comes from a value: that of tanh doubles the value's error, but below 1
+    a unit is half as large.
+    """
+    return 16 if (name, dtype) == ("gelu", np.float64) else 8
+
+
 def slopes(name, x):
     """act'(x) by autograd, in float64."""
     x = torch.from_numpy(x).double().requires_grad_()
@@ -75,13 +81,13 @@ def test_numbers_are_places_in_the_list_of_names():
 def test_float_is_accurate(device, name):
     x = sweep(name, np.float32, 30_000)
     exact = EXACT[name](torch.from_numpy(x).double()).numpy()
-    assert ulps(run(device, name, x)[0], exact) <= ULPS[np.float32]
+    assert ulps(run(device, name, x)[0], exact) <= promised(name, np.float32)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_double_is_accurate(device, name):
     x, high, low = exact_in_mpmath(name, 1500)
-    assert ulps(run(device, name, x)[0], high, low) <= ULPS[np.float64]
+    assert ulps(run(device, name, x)[0], high, low) <= promised(name, np.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,7 +99,7 @@ def test_below_normal_numbers_the_value_may_be_0(device, name, dtype):
     error = np.abs(run(device, name, x)[0] - exact)
     info = np.finfo(dtype)
     # silu and gelu multiply what is lost by x.
-    assert (error <= ULPS[dtype] * info.eps * np.abs(exact) + info.tiny * np.abs(x)).all()
+    assert (error <= promised(name, dtype) * info.eps * np.abs(exact) + info.tiny * np.abs(x)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +119,7 @@ def test_values_at_special_points(device, name, dtype):
     small = np.array([0.0, -0.0, info.tiny, -info.tiny, 64 * info.tiny, -64 * info.tiny], dtype)
     expected = EXACT[name](torch.from_numpy(small).double()).numpy()
     error = np.abs(run(device, name, small)[0] - expected)
-    assert (error <= ULPS[dtype] * info.eps * np.abs(expected)).all()
+    assert (error <= promised(name, dtype) * info.eps * np.abs(expected)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,7 +150,7 @@ def test_derivatives_are_those_of_autograd(device, name, dtype):
     kinks = [0.0, -0.0, info.tiny, -info.tiny, *beside_20, -info.max, -1e30, 1e30, info.max]
     x = np.concatenate([sweep(name, dtype, 20_000), np.array(kinks, dtype)])
     error = np.abs(run(device, name, x)[3] - slopes(name, x))
-    assert (error <= ULPS[dtype] * info.eps).all()
+    assert (error <= promised(name, dtype) * info.eps).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,7 +160,7 @@ def test_small_derivatives_keep_their_digits(device, name, dtype):
     x = x[x <= 0]
     exact = slopes(name, x)
     error = np.abs(run(device, name, x)[3] - exact)
-    assert (error <= ULPS[dtype] * np.finfo(dtype).eps * exact).all()
+    assert (error <= promised(name, dtype) * np.finfo(dtype).eps * exact).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
