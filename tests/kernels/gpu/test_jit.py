@@ -1,0 +1,102 @@
+"""Every launch as a GPU gets it, but for the launch: Triton binds, specialises and compiles it.
+
+The interpreter takes much that the compiler refuses, and compiles nothing. So this runs in another
+process without it, with a driver that knows no more of a GPU than its name.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+CODE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Named:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver.set_active(Named())
+run, launched = JITFunction.run, []
+
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+    launched.append((self.__name__, compiled.hash, "cubin" in compiled.asm))
+    return compiled
+
+
+JITFunction.run = compile_only
+
+from anode_fast import fused
+from anode_fast.kernels.gpu import solve
+from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, Field
+from anode_fast.tableau import DOPRI5, RK4
+
+solve._capability = lambda device: 90
+solve._is_captured = lambda device: True  # it would wait for an outcome
+OPTIONS = dict(
+    backwards=False, float_time=False, data_dim=2, rtol=1e-3, atol=1e-3, max_num_steps=30,
+    safety=0.9, ifactor=10.0, dfactor=0.2, max_step=1e300,
+)
+METHODS = {
+    BATCH: fused._method(DOPRI5),
+    SAMPLE: fused._method(DOPRI5),
+    FIXED: fused._fixed_method(RK4, "cubic"),
+}
+field = Field(7, (20, 20), 1, True)
+shapes = [(20, 8), (20,), (20, 20), (20,), (7, 20), (7,)]
+weights = [torch.randn(shape) for shape in shapes]
+
+
+def call(control, rows):
+    made = solve.Solve(field, METHODS[control], torch.float32, control=control, **OPTIONS)
+    x, grid = torch.randn(rows, 2), (0.0, 0.5, 1.0) if control == FIXED else ()
+    _, _, kept = made.forward(x, weights, (0.0, 1.0), grid, keep=True)
+    made.discrete_gradient(kept, weights, torch.randn(2, rows, 7), x, wanted=True)
+
+
+for control in (BATCH, SAMPLE, FIXED):
+    call(control, 20)
+call(BATCH, 500)
+names = [name for name, _, _ in launched]
+assert all(has_code for _, _, has_code in launched)
+assert set(names) == {"adaptive", "adaptive_by_row", "fixed", "discrete_gradient", "reduce"}, names
+assert names.count("adaptive") == 1 + 32, names
+
+# Batches of other sizes, and other numbers of steps and times, compile nothing.
+before = {compiled for _, compiled, _ in launched}
+for rows in (21, 32, 17):
+    call(BATCH, rows)
+assert {compiled for _, compiled, _ in launched} == before
+print("ok")
+"""
+
+
+@pytest.mark.slow
+def test_every_launch_compiles():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "ok", done.stderr[-3000:]
