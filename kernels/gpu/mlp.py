@@ -60,32 +60,27 @@ class MLP(NamedTuple):
 @triton.jit
 def _first_layer(weights, t, y, n, F: tl.constexpr, N: tl.constexpr):
     """Pre-activations of N units, from n on, of the first hidden layer. [B, N]."""
-    DIM: tl.constexpr = F[0]
-    HIDDEN: tl.constexpr = F[1]
-    TIME: tl.constexpr = F[4]
-    D: tl.constexpr = F[6]
-    c = tl.arange(0, D)
+    c = tl.arange(0, F.D)
     units = n + tl.arange(0, N)
-    inside = units < HIDDEN
-    row = weights[0] + units * (TIME + DIM)
+    inside = units < F.hidden
+    row = weights[0] + units * (F.time + F.dim)
     w = tl.load(  # [D, N]
-        row[None, :] + (TIME + c)[:, None], mask=(c < DIM)[:, None] & inside[None, :], other=0.0
+        row[None, :] + (F.time + c)[:, None], mask=(c < F.dim)[:, None] & inside[None, :], other=0.0
     )
     shift = tl.load(weights[1] + units, mask=inside, other=0.0)[None, :]
-    if TIME:
+    if F.time:
         shift = shift + t * tl.load(row, mask=inside, other=0.0)[None, :]
-    return tl.dot(y, w, input_precision=F[5], out_dtype=y.dtype) + shift
+    return tl.dot(y, w, input_precision=F.precision, out_dtype=y.dtype) + shift
 
 
 @triton.jit
 def _weight_block(pointer, rows, columns, F: tl.constexpr):
     """A block of a hidden layer's weight; its shape is that of rows + columns."""
-    HIDDEN: tl.constexpr = F[1]
-    if HIDDEN == F[7]:
-        return tl.load(pointer + rows * HIDDEN + columns)
+    if F.hidden == F.H:
+        return tl.load(pointer + rows * F.hidden + columns)
     else:
-        inside = (rows < HIDDEN) & (columns < HIDDEN)
-        return tl.load(pointer + rows * HIDDEN + columns, mask=inside, other=0.0)
+        inside = (rows < F.hidden) & (columns < F.hidden)
+        return tl.load(pointer + rows * F.hidden + columns, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -94,46 +89,39 @@ def _layer(
     LAYER: tl.constexpr, F: tl.constexpr, B: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Pre-activations of N units, from n on, of hidden layer LAYER (from 0 on). [B, N]."""
-    HIDDEN: tl.constexpr = F[1]
-    H: tl.constexpr = F[7]
-    N: tl.constexpr = F[8]
-    K: tl.constexpr = F[9]
     if LAYER == 0:
-        return _first_layer(weights, t, y, n, F, N)
+        return _first_layer(weights, t, y, n, F, F.N)
     else:
-        units = n + tl.arange(0, N)
-        bias = tl.load(weights[2 * LAYER + 1] + units, mask=units < HIDDEN, other=0.0)
-        z = tl.zeros([B, N], y.dtype) + bias[None, :]
-        for k in range(0, H, K):
-            inputs = k + tl.arange(0, K)
+        units = n + tl.arange(0, F.N)
+        bias = tl.load(weights[2 * LAYER + 1] + units, mask=units < F.hidden, other=0.0)
+        z = tl.zeros([B, F.N], y.dtype) + bias[None, :]
+        for k in range(0, F.H, F.K):
+            inputs = k + tl.arange(0, F.K)
             if LAYER == 1 and not KEEP:
                 # Cheaper made again for each block of outputs than kept: its own inputs are few.
-                a = activations.activate(_first_layer(weights, t, y, k, F, K), F[3])
+                a = activations.activate(_first_layer(weights, t, y, k, F, F.K), F.activation)
             else:
-                a = activations.value(_kept(record, inputs, LAYER - 1, F, B), F[3])
+                a = activations.value(_kept(record, inputs, LAYER - 1, F, B), F.activation)
             w = _weight_block(weights[2 * LAYER], units[None, :], inputs[:, None], F)
-            z = tl.dot(a, w, z, input_precision=F[5], out_dtype=y.dtype)
+            z = tl.dot(a, w, z, input_precision=F.precision, out_dtype=y.dtype)
         return z
 
 
 @triton.jit
 def _layer_offset(units, LAYER: tl.constexpr, F: tl.constexpr, B: tl.constexpr):
     """Where units of a hidden layer stand in a [LAYERS, B, H] block."""
-    H: tl.constexpr = F[7]
-    return (LAYER * B + tl.arange(0, B))[:, None] * H + units[None, :]
+    return (LAYER * B + tl.arange(0, B))[:, None] * F.H + units[None, :]
 
 
 @triton.jit
 def _kept(record, units, LAYER: tl.constexpr, F: tl.constexpr, B: tl.constexpr):
-    D: tl.constexpr = F[6]
-    return tl.load(record + B * (1 + D) + _layer_offset(units, LAYER, F, B))
+    return tl.load(record + B * (1 + F.D) + _layer_offset(units, LAYER, F, B))
 
 
 @triton.jit
 def _deltas(record, F: tl.constexpr, B: tl.constexpr):
     """Where a record's deltas begin."""
-    D: tl.constexpr = F[6]
-    return record + B * (1 + 2 * D + F[2] * F[7])
+    return record + B * (1 + 2 * F.D + F.layers * F.H)
 
 
 @triton.jit
@@ -152,39 +140,39 @@ def evaluate(weights, record, t, y, F: tl.constexpr, B: tl.constexpr, KEEP: tl.c
     Returns:
         [B, D]; columns beyond the field's are 0.
     """
-    DIM: tl.constexpr = F[0]
-    HIDDEN: tl.constexpr = F[1]
-    LAYERS: tl.constexpr = F[2]
-    D: tl.constexpr = F[6]
-    H: tl.constexpr = F[7]
-    N: tl.constexpr = F[8]
-    LAST: tl.constexpr = LAYERS - 1
-    c = tl.arange(0, D)
+    LAST: tl.constexpr = F.layers - 1
+    c = tl.arange(0, F.D)
     r = tl.arange(0, B)
     if KEEP:
         tl.store(record + r[:, None], t + tl.zeros([B, 1], y.dtype))
-        tl.store(record + B + r[:, None] * D + c[None, :], y)
-    kept = record + B * (1 + D)
+        tl.store(record + B + r[:, None] * F.D + c[None, :], y)
+    kept = record + B * (1 + F.D)
     for layer in tl.static_range(0, LAST):
         if KEEP or layer > 0:
-            for n in range(0, H, N):
+            for n in range(0, F.H, F.N):
                 z = _layer(weights, record, t, y, n, layer, F, B, KEEP)
-                offset = _layer_offset(n + tl.arange(0, N), layer, F, B)
-                tl.store(kept + offset, activations.keep(z, F[3]))
+                offset = _layer_offset(n + tl.arange(0, F.N), layer, F, B)
+                tl.store(kept + offset, activations.keep(z, F.activation))
             tl.debug_barrier()  # the next layer reads what other threads wrote
-    bias = tl.load(weights[2 * LAYERS + 1] + c, mask=c < DIM, other=0.0)
-    k = tl.zeros([B, D], y.dtype) + bias[None, :]
-    for n in range(0, H, N):
-        units = n + tl.arange(0, N)
+    bias = tl.load(weights[2 * F.layers + 1] + c, mask=c < F.dim, other=0.0)
+    k = tl.zeros([B, F.D], y.dtype) + bias[None, :]
+    for n in range(0, F.H, F.N):
+        units = n + tl.arange(0, F.N)
         z = _layer(weights, record, t, y, n, LAST, F, B, KEEP)
         if KEEP:
-            tl.store(kept + _layer_offset(units, LAST, F, B), activations.keep(z, F[3]))
+            tl.store(kept + _layer_offset(units, LAST, F, B), activations.keep(z, F.activation))
         w = tl.load(  # [N, D]
-            weights[2 * LAYERS] + c[None, :] * HIDDEN + units[:, None],
-            mask=(c < DIM)[None, :] & (units < HIDDEN)[:, None],
+            weights[2 * F.layers] + c[None, :] * F.hidden + units[:, None],
+            mask=(c < F.dim)[None, :] & (units < F.hidden)[:, None],
             other=0.0,
         )
-        k = tl.dot(activations.activate(z, F[3]), w, k, input_precision=F[5], out_dtype=y.dtype)
+        k = tl.dot(
+            activations.activate(z, F.activation),
+            w,
+            k,
+            input_precision=F.precision,
+            out_dtype=y.dtype,
+        )
     return k
 
 
@@ -200,69 +188,56 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
     Returns:
         [B, D]; columns beyond the field's are 0.
     """
-    DIM: tl.constexpr = F[0]
-    HIDDEN: tl.constexpr = F[1]
-    LAYERS: tl.constexpr = F[2]
-    TIME: tl.constexpr = F[4]
-    D: tl.constexpr = F[6]
-    H: tl.constexpr = F[7]
-    N: tl.constexpr = F[8]
-    K: tl.constexpr = F[9]
-    c = tl.arange(0, D)
+    c = tl.arange(0, F.D)
     r = tl.arange(0, B)
     deltas = _deltas(record, F, B)
-    tl.store(deltas - B * D + r[:, None] * D + c[None, :], cotangent)
+    tl.store(deltas - B * F.D + r[:, None] * F.D + c[None, :], cotangent)
     tl.debug_barrier()  # the evaluation's part of the record is whole
-    for n in range(0, H, N):
-        units = n + tl.arange(0, N)
+    for n in range(0, F.H, F.N):
+        units = n + tl.arange(0, F.N)
         w = tl.load(  # [D, N]
-            weights[2 * LAYERS] + c[:, None] * HIDDEN + units[None, :],
-            mask=(c < DIM)[:, None] & (units < HIDDEN)[None, :],
+            weights[2 * F.layers] + c[:, None] * F.hidden + units[None, :],
+            mask=(c < F.dim)[:, None] & (units < F.hidden)[None, :],
             other=0.0,
         )
-        g = tl.dot(cotangent, w, input_precision=F[5], out_dtype=cotangent.dtype)
-        slope = activations.derivative(_kept(record, units, LAYERS - 1, F, B), F[3])
-        tl.store(deltas + _layer_offset(units, LAYERS - 1, F, B), g * slope)
+        g = tl.dot(cotangent, w, input_precision=F.precision, out_dtype=cotangent.dtype)
+        slope = activations.derivative(_kept(record, units, F.layers - 1, F, B), F.activation)
+        tl.store(deltas + _layer_offset(units, F.layers - 1, F, B), g * slope)
     tl.debug_barrier()
-    for back in tl.static_range(1, LAYERS):
-        LAYER: tl.constexpr = LAYERS - 1 - back
-        for n in range(0, H, N):
-            units = n + tl.arange(0, N)
-            g = tl.zeros([B, N], cotangent.dtype)
-            for k in range(0, H, K):
-                outputs = k + tl.arange(0, K)
+    for back in tl.static_range(1, F.layers):
+        LAYER: tl.constexpr = F.layers - 1 - back
+        for n in range(0, F.H, F.N):
+            units = n + tl.arange(0, F.N)
+            g = tl.zeros([B, F.N], cotangent.dtype)
+            for k in range(0, F.H, F.K):
+                outputs = k + tl.arange(0, F.K)
                 delta = tl.load(deltas + _layer_offset(outputs, LAYER + 1, F, B))
                 w = _weight_block(weights[2 * LAYER + 2], outputs[:, None], units[None, :], F)
-                g = tl.dot(delta, w, g, input_precision=F[5], out_dtype=cotangent.dtype)
-            slope = activations.derivative(_kept(record, units, LAYER, F, B), F[3])
+                g = tl.dot(delta, w, g, input_precision=F.precision, out_dtype=cotangent.dtype)
+            slope = activations.derivative(_kept(record, units, LAYER, F, B), F.activation)
             tl.store(deltas + _layer_offset(units, LAYER, F, B), g * slope)
         tl.debug_barrier()
-    g = tl.zeros([B, D], cotangent.dtype)
-    for k in range(0, H, K):
-        units = k + tl.arange(0, K)
+    g = tl.zeros([B, F.D], cotangent.dtype)
+    for k in range(0, F.H, F.K):
+        units = k + tl.arange(0, F.K)
         w = tl.load(  # [K, D]
-            weights[0] + units[:, None] * (TIME + DIM) + (TIME + c)[None, :],
-            mask=(units < HIDDEN)[:, None] & (c < DIM)[None, :],
+            weights[0] + units[:, None] * (F.time + F.dim) + (F.time + c)[None, :],
+            mask=(units < F.hidden)[:, None] & (c < F.dim)[None, :],
             other=0.0,
         )
         delta = tl.load(deltas + _layer_offset(units, 0, F, B))
-        g = tl.dot(delta, w, g, input_precision=F[5], out_dtype=cotangent.dtype)
+        g = tl.dot(delta, w, g, input_precision=F.precision, out_dtype=cotangent.dtype)
     return g
 
 
 @triton.jit
 def time_gradient(weights, record, F: tl.constexpr, B: tl.constexpr):
     """The same with respect to the time, after `vjp`. [B]."""
-    DIM: tl.constexpr = F[0]
-    HIDDEN: tl.constexpr = F[1]
-    TIME: tl.constexpr = F[4]
-    H: tl.constexpr = F[7]
-    K: tl.constexpr = F[9]
     total = tl.zeros([B], weights[0].dtype.element_ty)
-    if TIME:
-        for k in range(0, H, K):
-            units = k + tl.arange(0, K)
-            w = tl.load(weights[0] + units * (1 + DIM), mask=units < HIDDEN, other=0.0)
+    if F.time:
+        for k in range(0, F.H, F.K):
+            units = k + tl.arange(0, F.K)
+            w = tl.load(weights[0] + units * (1 + F.dim), mask=units < F.hidden, other=0.0)
             delta = tl.load(_deltas(record, F, B) + _layer_offset(units, 0, F, B))
             total += tl.sum(delta * w[None, :], 1)
     return total
@@ -282,24 +257,18 @@ def accumulate(
         F, B: As for `evaluate`.
         SIZE: Numbers in a record.
     """
-    DIM: tl.constexpr = F[0]
-    HIDDEN: tl.constexpr = F[1]
-    LAYERS: tl.constexpr = F[2]
-    TIME: tl.constexpr = F[4]
-    D: tl.constexpr = F[6]
-    H: tl.constexpr = F[7]
-    WIDTH: tl.constexpr = TIME + DIM
-    BLOCK: tl.constexpr = 32 if H >= 32 else 16  # units of a block of weights
+    WIDTH: tl.constexpr = F.time + F.dim
+    BLOCK: tl.constexpr = 32 if F.H >= 32 else 16  # units of a block of weights
     T: tl.constexpr = sums.dtype.element_ty
-    c = tl.arange(0, D)
+    c = tl.arange(0, F.D)
     r = tl.arange(0, B)
     tl.debug_barrier()  # records are whole
     # The first layer: inputs are time and state.
-    for n in range(0, H, BLOCK):
+    for n in range(0, F.H, BLOCK):
         units = n + tl.arange(0, BLOCK)
-        inside = units < HIDDEN
-        place = sums + units[:, None] * WIDTH + (TIME + c)[None, :]
-        mask = inside[:, None] & (c < DIM)[None, :]
+        inside = units < F.hidden
+        place = sums + units[:, None] * WIDTH + (F.time + c)[None, :]
+        mask = inside[:, None] & (c < F.dim)[None, :]
         w = tl.load(place, mask=mask, other=0.0)
         of_time = tl.zeros([BLOCK], T)
         bias = tl.zeros([BLOCK], T)
@@ -307,49 +276,49 @@ def accumulate(
             record = records + i * SIZE
             delta = tl.load(_deltas(record, F, B) + _layer_offset(units, 0, F, B))
             delta *= tl.load(weight_ptr + i)
-            y = tl.load(record + B + r[:, None] * D + c[None, :])
-            w = tl.dot(tl.trans(delta), y, w, input_precision=F[5], out_dtype=T)
+            y = tl.load(record + B + r[:, None] * F.D + c[None, :])
+            w = tl.dot(tl.trans(delta), y, w, input_precision=F.precision, out_dtype=T)
             bias += tl.sum(delta, 0)
             of_time += tl.sum(delta * tl.load(record + r)[:, None], 0)
         tl.store(place, w, mask=mask)
-        _add(sums + HIDDEN * WIDTH + units, bias, inside)
-        if TIME:
+        _add(sums + F.hidden * WIDTH + units, bias, inside)
+        if F.time:
             _add(sums + units * WIDTH, of_time, inside)
-    sums += HIDDEN * (WIDTH + 1)
-    for layer in tl.static_range(1, LAYERS):
-        for n in range(0, H, BLOCK):
+    sums += F.hidden * (WIDTH + 1)
+    for layer in tl.static_range(1, F.layers):
+        for n in range(0, F.H, BLOCK):
             units = n + tl.arange(0, BLOCK)
-            for k in range(0, H, BLOCK):
+            for k in range(0, F.H, BLOCK):
                 inputs = k + tl.arange(0, BLOCK)
-                place = sums + units[:, None] * HIDDEN + inputs[None, :]
-                mask = (units < HIDDEN)[:, None] & (inputs < HIDDEN)[None, :]
+                place = sums + units[:, None] * F.hidden + inputs[None, :]
+                mask = (units < F.hidden)[:, None] & (inputs < F.hidden)[None, :]
                 w = tl.load(place, mask=mask, other=0.0)
                 bias = tl.zeros([BLOCK], T)
                 for i in range(first, last):
                     record = records + i * SIZE
                     delta = tl.load(_deltas(record, F, B) + _layer_offset(units, layer, F, B))
                     delta *= tl.load(weight_ptr + i)
-                    a = activations.value(_kept(record, inputs, layer - 1, F, B), F[3])
-                    w = tl.dot(tl.trans(delta), a, w, input_precision=F[5], out_dtype=T)
+                    a = activations.value(_kept(record, inputs, layer - 1, F, B), F.activation)
+                    w = tl.dot(tl.trans(delta), a, w, input_precision=F.precision, out_dtype=T)
                     bias += tl.sum(delta, 0)
                 tl.store(place, w, mask=mask)
-                _add(sums + HIDDEN * HIDDEN + units, bias, (units < HIDDEN) & (k == 0))
-        sums += HIDDEN * (HIDDEN + 1)
-    for k in range(0, H, BLOCK):
+                _add(sums + F.hidden * F.hidden + units, bias, (units < F.hidden) & (k == 0))
+        sums += F.hidden * (F.hidden + 1)
+    for k in range(0, F.H, BLOCK):
         inputs = k + tl.arange(0, BLOCK)
-        place = sums + c[:, None] * HIDDEN + inputs[None, :]
-        mask = (c < DIM)[:, None] & (inputs < HIDDEN)[None, :]
+        place = sums + c[:, None] * F.hidden + inputs[None, :]
+        mask = (c < F.dim)[:, None] & (inputs < F.hidden)[None, :]
         w = tl.load(place, mask=mask, other=0.0)
-        bias = tl.zeros([D], T)
+        bias = tl.zeros([F.D], T)
         for i in range(first, last):
             record = records + i * SIZE
-            delta = tl.load(_deltas(record, F, B) - B * D + r[:, None] * D + c[None, :])
+            delta = tl.load(_deltas(record, F, B) - B * F.D + r[:, None] * F.D + c[None, :])
             delta *= tl.load(weight_ptr + i)
-            a = activations.value(_kept(record, inputs, LAYERS - 1, F, B), F[3])
-            w = tl.dot(tl.trans(delta), a, w, input_precision=F[5], out_dtype=T)
+            a = activations.value(_kept(record, inputs, F.layers - 1, F, B), F.activation)
+            w = tl.dot(tl.trans(delta), a, w, input_precision=F.precision, out_dtype=T)
             bias += tl.sum(delta, 0)
         tl.store(place, w, mask=mask)
-        _add(sums + DIM * HIDDEN + c, bias, (c < DIM) & (k == 0))
+        _add(sums + F.dim * F.hidden + c, bias, (c < F.dim) & (k == 0))
     tl.debug_barrier()  # before records are written again
 
 
