@@ -13,7 +13,8 @@ import triton.language as tl
 from anode_fast.kernels.gpu.controller import ACCEPTED, CONTROL, SIGN
 from anode_fast.kernels.gpu.runge_kutta import interpolant, node, only_if, weighted_sum
 
-BLOCK = tl.constexpr(256)  # weights that a program of `reduce` adds up
+BLOCK = tl.constexpr(64)  # weights that a program of `reduce` adds up
+WAVE = tl.constexpr(32)  # and programs whose sums it adds at once
 
 
 @triton.jit(do_not_specialize=["rows", "num_times", "num_steps", "programs"])
@@ -168,11 +169,12 @@ def _output_cotangent(at, inside, time, t0, t1):
 
 @triton.jit(do_not_specialize=["programs"])
 def reduce(sums, out, programs, WEIGHTS: tl.constexpr):
-    """out[i] = sum over the programs of sums[program, i], in their order."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], sums.dtype.element_ty)
-    at = sums + i
-    for _ in range(0, programs):
-        total += tl.load(at, mask=i < WEIGHTS, other=0.0)
-        at += WEIGHTS
+    """Adds up the programs' sums, always in the same order: out[i] = sum of sums[program, i]."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    program = tl.arange(0, WAVE)[:, None]
+    wave = tl.zeros([WAVE, BLOCK], sums.dtype.element_ty)
+    for begin in range(0, programs, WAVE):
+        at = sums + (begin + program).to(tl.int64) * WEIGHTS + i
+        wave += tl.load(at, mask=(begin + program < programs) & (i < WEIGHTS), other=0.0)
+    total = tl.sum(wave, 0)[None, :]
     tl.store(out + i, total, mask=i < WEIGHTS)

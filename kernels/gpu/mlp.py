@@ -204,18 +204,17 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
         slope = activations.derivative(_kept(record, units, F.layers - 1, F, B), F.activation)
         tl.store(deltas + _layer_offset(units, F.layers - 1, F, B), g * slope)
     tl.debug_barrier()
-    for back in tl.static_range(1, F.layers):
-        LAYER: tl.constexpr = F.layers - 1 - back
+    for layer in tl.static_range(F.layers - 2, -1, -1):
         for n in range(0, F.H, F.N):
             units = n + tl.arange(0, F.N)
             g = tl.zeros([B, F.N], cotangent.dtype)
             for k in range(0, F.H, F.K):
                 outputs = k + tl.arange(0, F.K)
-                delta = tl.load(deltas + _layer_offset(outputs, LAYER + 1, F, B))
-                w = _weight_block(weights[2 * LAYER + 2], outputs[:, None], units[None, :], F)
+                delta = tl.load(deltas + _layer_offset(outputs, layer + 1, F, B))
+                w = _weight_block(weights[2 * layer + 2], outputs[:, None], units[None, :], F)
                 g = tl.dot(delta, w, g, input_precision=F.precision, out_dtype=cotangent.dtype)
-            slope = activations.derivative(_kept(record, units, LAYER, F, B), F.activation)
-            tl.store(deltas + _layer_offset(units, LAYER, F, B), g * slope)
+            slope = activations.derivative(_kept(record, units, layer, F, B), F.activation)
+            tl.store(deltas + _layer_offset(units, layer, F, B), g * slope)
         tl.debug_barrier()
     g = tl.zeros([B, F.D], cotangent.dtype)
     for k in range(0, F.H, F.K):

@@ -230,7 +230,7 @@ class Solve:
         )
         evaluations = sum(last - first for _, _, first, last in plan)
         result = Result(nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=1)
-        if x.device.type == "cpu":  # on a GPU nobody waits: what is not finite is in the solution
+        if not _never_waits(x.device):
             bad = int(control[:, controller.OUTPUT.value].amin())
             if bad < len(times):
                 result.status = NON_FINITE_INPUT if bad < 0 else NON_FINITE
@@ -567,23 +567,16 @@ class Solve:
             **shared,
         )
         grads = self._reduced(sums, parameters) if wanted else [None] * len(parameters)
+        accepted = max(len(ends) - 1, 0)
         launches = 2 if wanted else 1
-
-        def outcome() -> Result:
+        result = Result(nfe=accepted * inner, accepted=accepted, launches=launches)
+        if not _never_waits(grad.device):
             state = control.amax(0).tolist()  # of all tiles the worst status, the first output
-            steps = max(len(ends) - 1, 0)
-            result = Result(max(int(state[_STATUS]) - 1, SUCCESS), steps * inner, steps)
-            result.launches = launches
-            if result.status == NON_FINITE:
+            result.status = max(int(state[_STATUS]) - 1, SUCCESS)
+            if result.status != SUCCESS:
                 result.output = int(state[controller.OUTPUT.value])
                 result.t = times[result.output]
-            return result
-
-        if _is_captured(grad.device):
-            failed = (control[:, _STATUS] != controller.SUCCESS.value).any()
-            _spoil(failed, x_grad, *grads)
-            return x_grad, grads, Result(launches=launches, later=outcome)
-        return x_grad, grads, outcome()
+        return x_grad, grads, result
 
     def _continuous_adaptive(
         self,
@@ -600,12 +593,15 @@ class Solve:
         record = F.record_size(shared["B"])
         size = 2 * S * shared["B"] * F.D + record
         scratch = _empty(grad, (programs, size))
-        capacity = pieces * self._capacity(grad, 2 * pieces * rows, is_captured) if wanted else 0
+        capacity = 0
+        if wanted:  # a slot has twice a solve's numbers, and the steps' limit is each piece's own
+            capacity = self._capacity(grad, 2 * rows * (pieces if is_captured else 1), is_captured)
+            capacity *= pieces if is_captured else 1
         x_grad = _empty(grad, (rows, self.data_dim))
         states = _empty(grad, (capacity + 1 if wanted else 2, 4, rows, self.dim))
         steps = _empty(grad, (capacity, 3), torch.float64)
-        control = _zeros(grad, (CONTROL,))
-        progress = _zeros(grad, (continuous.PROGRESS.value,))
+        state = _zeros(grad, (CONTROL + continuous.PROGRESS.value,))
+        control, progress = state[:CONTROL], state[CONTROL:]
         attempt_sums = _empty(grad, (programs, continuous.SUMS.value), torch.float64)
         arrivals = _zeros(grad, (1,), torch.int32)
         # A program for each step of a tile would leave too many sums to add up.
@@ -655,21 +651,15 @@ class Solve:
             return self._reduced(sums, parameters)
 
         def outcome() -> Result:
-            state, before = control.tolist(), progress.tolist()
-            accepted, rejected = (
-                int(state[now.value] + before[earlier.value])
-                for now, earlier in (
-                    (controller.ACCEPTED, continuous.ACCEPTED_BEFORE),
-                    (controller.REJECTED, continuous.REJECTED_BEFORE),
-                )
-            )
+            found = state.tolist()
+            before = CONTROL + continuous.ACCEPTED_BEFORE.value
             return Result(
-                status=int(state[_STATUS]) - 1,
-                nfe=int(state[controller.NFE.value]),
-                accepted=accepted,
-                rejected=rejected,
-                t=-state[controller.T.value],
-                dt=state[controller.DT.value],
+                status=int(found[_STATUS]) - 1,
+                nfe=int(found[controller.NFE.value]),
+                accepted=int(found[controller.ACCEPTED.value] + found[before]),
+                rejected=int(found[controller.REJECTED.value] + found[before + 1]),
+                t=-found[controller.T.value],
+                dt=found[controller.DT.value],
                 launches=launches,
             )
 
@@ -790,6 +780,11 @@ class _Chunk:
 def _is_captured(device: torch.device) -> bool:
     """Whether launches go into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _never_waits(device: torch.device) -> bool:
+    """Whether fixed steps leave it at nan where something is not finite: on a GPU."""
+    return device.type == "cuda" or _is_captured(device)
 
 
 def _on(device: torch.device) -> Any:

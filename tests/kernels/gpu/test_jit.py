@@ -37,7 +37,8 @@ run, launched = JITFunction.run, []
 
 def compile_only(self, *args, grid, warmup, **kwargs):
     compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-    launched.append((self.__name__, compiled.hash, "cubin" in compiled.asm))
+    name = f"{self.__module__.rpartition('.')[2]}.{self.__name__}"
+    launched.append((name, compiled.hash, "cubin" in compiled.asm))
     return compiled
 
 
@@ -59,16 +60,21 @@ METHODS = {
     SAMPLE: fused._method(DOPRI5),
     FIXED: fused._fixed_method(RK4, "cubic"),
 }
-field = Field(7, (20, 20), 1, True)
-shapes = [(20, 8), (20,), (20, 20), (20,), (7, 20), (7,)]
+field = Field(7, (20, 20, 20), 1, True)
+shapes = [(20, 8), (20,), (20, 20), (20,), (20, 20), (20,), (7, 20), (7,)]
 weights = [torch.randn(shape) for shape in shapes]
 
 
 def call(control, rows):
     made = solve.Solve(field, METHODS[control], torch.float32, control=control, **OPTIONS)
     x, grid = torch.randn(rows, 2), (0.0, 0.5, 1.0) if control == FIXED else ()
-    _, _, kept = made.forward(x, weights, (0.0, 1.0), grid, keep=True)
-    made.discrete_gradient(kept, weights, torch.randn(2, rows, 7), x, wanted=True)
+    y, _, kept = made.forward(x, weights, (0.0, 1.0), grid, keep=True)
+    grad = torch.randn(2, rows, 7)
+    made.discrete_gradient(kept, weights, grad, x, wanted=True)
+    if control != SAMPLE:
+        back = [-time for time in reversed(grid)]
+        wanted = [True] * len(weights)
+        made.continuous_gradient(y, weights, (0.0, 1.0), grad, x, wanted, back, seminorm=True)
 
 
 for control in (BATCH, SAMPLE, FIXED):
@@ -76,8 +82,12 @@ for control in (BATCH, SAMPLE, FIXED):
 call(BATCH, 500)
 names = [name for name, _, _ in launched]
 assert all(has_code for _, _, has_code in launched)
-assert set(names) == {"adaptive", "adaptive_by_row", "fixed", "discrete_gradient", "reduce"}, names
-assert names.count("adaptive") == 1 + 32, names
+assert set(names) == {
+    "runge_kutta.fixed", "runge_kutta.adaptive", "runge_kutta.adaptive_by_row",
+    "adjoint.discrete_gradient", "adjoint.reduce",
+    "continuous.fixed", "continuous.adaptive", "continuous.quadrature",
+}, names
+assert names.count("runge_kutta.adaptive") == 1 + 32, names
 
 # Batches of other sizes, and other numbers of steps and times, compile nothing.
 before = {compiled for _, compiled, _ in launched}
