@@ -15,7 +15,7 @@ from benchmarks.speed.rivals import Case, Worker, is_installed
 from benchmarks.speed.tables import Sheet, comparison, details
 from benchmarks.speed.turns import Rival, Turns
 
-PACKAGES = ("torch", "torchdiffeq", "torchode", "diffrax", "jax")
+PACKAGES = ("torch", "triton", "torchdiffeq", "torchode", "diffrax", "jax")
 
 
 @pytest.fixture
@@ -82,16 +82,20 @@ def _observe(case: object, rivals: Mapping[str, Rival]) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="session")
-def diffrax_worker() -> Iterator[Callable[[int], Worker | None]]:
-    """The process that runs diffrax on so many threads, None if diffrax is not installed."""
-    workers: dict[int, Worker] = {}
+def diffrax_worker() -> Iterator[Callable[..., Worker | None]]:
+    """The process that runs diffrax on so many threads, or on a card, None if it is not installed.
 
-    def get(threads: int) -> Worker | None:
-        if not is_installed("diffrax"):
+    Nor if a card is asked for, and jax is installed without what it needs for one.
+    """
+    workers: dict[tuple[int, str], Worker] = {}
+
+    def get(threads: int, platform: str = "cpu") -> Worker | None:
+        plugins = () if platform == "cpu" else ("jax_cuda12_plugin", "jax_cuda13_plugin")
+        if not is_installed("diffrax") or (plugins and not any(map(is_installed, plugins))):
             return None
-        if threads not in workers:
-            workers[threads] = Worker(threads)
-        return workers[threads]
+        if (threads, platform) not in workers:
+            workers[threads, platform] = Worker(threads, platform)
+        return workers[threads, platform]
 
     yield get
     for worker in workers.values():
@@ -103,9 +107,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
     session = getattr(config, "_benchmarksession", None)
     compared = [b for b in session.benchmarks if "rivals" in b.extra_info] if session else []
     console = Console(width=max(terminalreporter._tw.fullwidth, 150))
-    note = f"Medians of alternating runs. {machine.summary(*PACKAGES)}."
     for module, of_module in groupby(compared, lambda b: Path(b.fullname.split("::")[0]).stem):
         sheets = _sheets(of_module)
+        card = f"{torch.cuda.get_device_name()}; " if module == "test_gpu" else ""
+        note = f"Medians of alternating runs. {card}{machine.summary(*PACKAGES)}."
         console.print(*(sheet.rich() for sheet in sheets), note, sep="\n")
         path = Path("results/speed", f"{module.removeprefix('test_')}.md")
         path.parent.mkdir(parents=True, exist_ok=True)

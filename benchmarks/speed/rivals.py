@@ -41,7 +41,8 @@ class Case:
         width: Of both hidden layers.
         method: "dopri5" with `TOLERANCE`, or "rk4" with 10 steps of 0.1.
         gradient: Whether the gradient of y(1).sum() with respect to the weights is part of it.
-        threads: Of whoever solves it.
+        threads: Of whoever solves it on a CPU.
+        device: Where it is solved.
     """
 
     batch: int = 64
@@ -49,22 +50,26 @@ class Case:
     method: str = "dopri5"
     gradient: bool = False
     threads: int = 1
+    device: str = "cpu"
 
     def __str__(self) -> str:
         work = "forward + gradient" if self.gradient else "forward"
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"batch {self.batch}, width {self.width}, {self.method}, {work}, {threads}"
+        where = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        if self.device != "cpu":
+            where = self.device
+        return f"batch {self.batch}, width {self.width}, {self.method}, {work}, {where}"
 
     @property
     def field(self) -> MLPField:
         """The field, with the same weights each time."""
         torch.manual_seed(0)
-        return MLPField(DIM, self.width)
+        return MLPField(DIM, self.width).to(self.device)
 
     @property
     def y0(self) -> Tensor:
         """The initial state, [batch, 7], the same each time."""
-        return torch.randn(self.batch, DIM, generator=torch.Generator().manual_seed(1))
+        y0 = torch.randn(self.batch, DIM, generator=torch.Generator().manual_seed(1))
+        return y0.to(self.device)
 
     @property
     def options(self) -> dict[str, float]:
@@ -74,7 +79,7 @@ class Case:
     def error(self, y1: Tensor) -> float:
         """Largest distance of y(1) to the true solution, over the first rows."""
         exact = _exact(self.batch, self.width)
-        return (y1[: len(exact)].double() - exact).abs().max().item()
+        return (y1[: len(exact)].cpu().double() - exact).abs().max().item()
 
 
 @functools.cache
@@ -132,20 +137,80 @@ class TorchRival:
         self.parameters = tuple(field.parameters())
         self.gradient = gradient
         self.threads = threads
+        self.is_cuda = self.parameters[0].is_cuda
 
     def __call__(self) -> None:
-        """Solves once."""
+        """Solves once, and waits until it is done."""
+        self.run()
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Solves once, on a GPU without waiting for the end: y(1) and the gradients."""
         y1 = self.solve()
-        if self.gradient:
-            torch.autograd.grad(y1.sum(), self.parameters)
+        return y1, *(torch.autograd.grad(y1.sum(), self.parameters) if self.gradient else ())
 
     def observe(self) -> Outcome:
-        """Solves once and tells what came out."""
+        """Solves once and tells what came out, on the CPU."""
         self.field.nfe = 0
         y1 = self.solve()
         nfe = self.field.nfe
         gradients = torch.autograd.grad(y1.sum(), self.parameters) if self.gradient else ()
-        return Outcome(y1.detach(), gradients, nfe, self.field.nfe - nfe)
+        found = tuple(gradient.cpu() for gradient in gradients)
+        return Outcome(y1.detach().cpu(), found, nfe, self.field.nfe - nfe)
+
+
+class AtPrecision:
+    """A rival whose float32 products have a precision, as torch.set_float32_matmul_precision says.
+
+    Args:
+        rival: A rival in this process.
+        precision: "highest" or "high" (tf32).
+    """
+
+    def __init__(self, rival: TorchRival, precision: str) -> None:
+        self.rival = rival
+        self.precision = precision
+        self.threads = rival.threads
+
+    def __call__(self) -> None:
+        """Solves once, and waits until it is done."""
+        self._at(self.rival)
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Solves once, without waiting for the end."""
+        return self._at(self.rival.run)
+
+    def observe(self) -> Outcome:
+        """Solves once and tells what came out."""
+        return self._at(self.rival.observe)
+
+    def _at(self, call: Callable[[], Any]) -> Any:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            return call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+class Compiled(nn.Module):
+    """A field by way of torch.compile, its evaluations counted outside of what is compiled.
+
+    Args:
+        field: The field.
+        options: Of torch.compile.
+    """
+
+    def __init__(self, field: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.inner = torch.compile(field, **options)
+        self.nfe = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt."""
+        self.nfe += 1
+        return self.inner(t, y)
 
 
 def like_torchdiffeq(
@@ -155,10 +220,14 @@ def like_torchdiffeq(
     *,
     gradient: bool,
     threads: int = 1,
+    times_on: str | None = None,
     **arguments: Any,
 ) -> TorchRival:
-    """A solver with torchdiffeq's signature, on t in [0, 1]."""
-    t = torch.tensor([0.0, 1.0])
+    """A solver with torchdiffeq's signature, on t in [0, 1].
+
+    torchdiffeq wants t where y0 is; `times_on` is another device for it.
+    """
+    t = torch.tensor([0.0, 1.0], device=times_on or y0.device)
 
     def solve() -> Tensor:
         return odeint(field, y0, t, **TOLERANCE, **arguments)[-1]
@@ -166,22 +235,33 @@ def like_torchdiffeq(
     return TorchRival(solve, field, gradient=gradient, threads=threads)
 
 
-def with_odeint(odeint: Callable[..., Tensor], case: Case) -> TorchRival:
-    """The case, solved by an odeint with torchdiffeq's signature."""
+def with_odeint(
+    odeint: Callable[..., Tensor],
+    case: Case,
+    *,
+    field: nn.Module | None = None,
+    times_on: str | None = None,
+) -> TorchRival:
+    """The case, solved by an odeint with torchdiffeq's signature; `field` may stand in for its."""
     return like_torchdiffeq(
         odeint,
-        case.field,
+        field or case.field,
         case.y0,
         gradient=case.gradient,
         threads=case.threads,
+        times_on=times_on,
         method=case.method,
         options=case.options,
     )
 
 
-def with_anode_fast(case: Case) -> TorchRival:
-    """Our side: the backend that a user gets, the discrete gradient."""
-    return with_odeint(functools.partial(anode_fast.odeint, gradient="discrete"), case)
+def with_anode_fast(case: Case, backend: str = "auto") -> TorchRival:
+    """Our side: the backend that a user gets, or a named one, and the discrete gradient.
+
+    The times are on the CPU, where it wants to know them, whatever the device.
+    """
+    ours = functools.partial(anode_fast.odeint, gradient="discrete", backend=backend)
+    return with_odeint(ours, case, times_on="cpu")
 
 
 def first_step(case: Case) -> float:
@@ -190,7 +270,8 @@ def first_step(case: Case) -> float:
     field = case.field
     field.callback_step = lambda t, y, dt: steps.append(float(dt))  # torchdiffeq calls it
     with torch.no_grad():
-        torchdiffeq.odeint(field, case.y0, torch.tensor([0.0, 1.0]), **TOLERANCE)
+        t = torch.tensor([0.0, 1.0], device=case.device)
+        torchdiffeq.odeint(field, case.y0, t, **TOLERANCE)
     return steps[0]
 
 
@@ -222,7 +303,7 @@ def with_torchode(case: Case) -> TorchRival | None:
     term = torchode.ODETerm(lambda t, y: field(t.unsqueeze(1), y))
     controller = torchode.IntegralController(term=term, norm=_norm_of_the_batch, **TOLERANCE)
     solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), controller)
-    times = torch.zeros(case.batch), torch.ones(case.batch)
+    times = y0.new_zeros(case.batch), y0.new_ones(case.batch)
     problem = torchode.InitialValueProblem(y0, *times, t_eval=None)
 
     def solve() -> Tensor:
@@ -241,16 +322,22 @@ class Worker:
 
     Args:
         threads: Size of jax's thread pool.
+        platform: jax's name of where to run: "cpu" or "cuda".
 
     Use it as a context, or `close` it.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, platform: str = "cpu") -> None:
         self.threads = threads
         command = [sys.executable, "-m", "benchmarks.speed.diffrax_worker"]
         # XLA sizes its pool by NPROC. (Flags that keep XLA off the pool make it a third slower, and
         # pinning to cores would keep it from moving off a busy one.)
-        environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": platform}
+        if platform != "cpu":  # or it takes most of the memory, and makes float32 products in tf32
+            environment |= {
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            }
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=_ROOT
         )
@@ -310,8 +397,8 @@ class DiffraxRival:
         layers = case.field.layers
         self.number = self.worker.ask(
             "load",
-            weights=[(x.weight.detach().numpy(), x.bias.detach().numpy()) for x in layers],
-            y0=case.y0.numpy(),
+            weights=[tuple(p.detach().cpu().numpy() for p in (x.weight, x.bias)) for x in layers],
+            y0=case.y0.cpu().numpy(),
             gradient=case.gradient,
             first_step=first_step(case) if same_first_step else None,
             **TOLERANCE,
