@@ -165,7 +165,8 @@ def after_start(control, settings, t, d0, d1, is_finite, end, capacity):
         tl.store(control + PHASE, 1.0)
         tl.store(control + SLOPE_NORM, d1)
         tl.store(control + T, t)
-        tl.store(control + DT, guess)
+        # 0 where the derivative is infinite: no step.
+        tl.store(control + DT, tl.where(guess > 0, guess, float("nan")))
         tl.store(control + STATUS, tl.where(guess > 0, RUNNING, NON_FINITE).to(tl.float64))
     if is_finite == 0:
         tl.store(control + STATUS, NON_FINITE_INPUT)

@@ -33,8 +33,8 @@ from anode_fast.kernels.interface import (
     Method,
 )
 
-CHUNK = 16
-"""Launches that are queued before the host looks whether the solve has ended."""
+FIRST_CHUNK, CHUNK = 8, 16
+"""Launches that are queued before the host looks whether the solve has ended; at first, later."""
 
 CHECKPOINT_BYTES = 32 << 20
 """Of the checkpoints that a solve begins with; it gets more when they are full."""
@@ -261,8 +261,9 @@ class Solve:
         arrivals = _zeros(x, (1,), torch.int32)
         launches = 0
 
-        def launch_once() -> None:
-            runge_kutta.adaptive[(programs,)](
+        def queue() -> _Queue:
+            return _Queue(
+                runge_kutta.adaptive,
                 weights=parameters,
                 times=times_on,
                 out=out,
@@ -295,21 +296,20 @@ class Solve:
 
         if is_captured:
             launches = 1 if programs == 1 else self._captured_attempts() + 2
-            for _ in range(launches):
-                launch_once()
+            queue().launch(launches)
             result = Result(launches=launches, later=outcome)
             out.masked_fill_(control[_STATUS] != controller.SUCCESS.value, math.nan)
         else:
-            chunk = _Chunk(launch_once, 1 if programs == 1 else CHUNK, x.device)
+            queued = queue()
             while True:
-                launches += chunk.launch()
+                launches += queued.launch_chunk()
                 result = outcome()
                 if result.status == _FULL:
                     capacity = min(2 * capacity, self._max_num_steps)
                     states = _grown(states, capacity + 1)
                     steps = _grown(steps, capacity)
                     control[_STATUS].zero_()
-                    chunk = _Chunk(launch_once, chunk.size, x.device)
+                    queued = queue()
                 elif result.status != _RUNNING:
                     break
             if result.status != SUCCESS:
@@ -612,8 +612,9 @@ class Solve:
         grads: Sequence[Tensor | None] = [None] * len(parameters)
         launches = 0
 
-        def launch_once() -> None:
-            continuous.adaptive[(programs,)](
+        def queue() -> _Queue:
+            return _Queue(
+                continuous.adaptive,
                 times=times_on,
                 solution=solution,
                 grad=grad,
@@ -665,16 +666,15 @@ class Solve:
 
         if is_captured:
             launches = 1 if programs == 1 else pieces * (self._captured_attempts() + 1) + 1
-            for _ in range(launches):
-                launch_once()
+            queue().launch(launches)
             if wanted:
                 grads = weight_gradients()
                 launches += 2
             _spoil(control[_STATUS] != controller.SUCCESS.value, x_grad, *grads)
             return x_grad, grads, Result(launches=launches, later=outcome)
-        chunk = _Chunk(launch_once, 1 if programs == 1 else CHUNK, grad.device)
+        queued = queue()
         while True:
-            launches += chunk.launch()
+            launches += queued.launch_chunk()
             if wanted:
                 grads = weight_gradients()
                 launches += 2
@@ -684,7 +684,7 @@ class Solve:
                 states = _grown(states, capacity + 1)
                 steps = _grown(steps, capacity)
                 control[_STATUS].zero_()
-                chunk = _Chunk(launch_once, chunk.size, grad.device)
+                queued = queue()
             elif result.status != _RUNNING:
                 return x_grad, grads, result
 
@@ -741,38 +741,54 @@ _FULL = controller.FULL.value - 1
 _RUNNING = controller.RUNNING.value - 1
 
 
-class _Chunk:
-    """Queues so many launches; when asked for the third time and after that, as a CUDA graph."""
+class _Queue:
+    """A launch, to be made again and again with the same arguments, `programs` among them."""
 
-    def __init__(self, launch_once: Callable[[], None], size: int, device: torch.device) -> None:
-        self.size = size
-        self._launch_once = launch_once
-        self._device = device
-        self._calls = 0
+    def __init__(self, kernel: Any, **arguments: Any) -> None:
+        self._kernel = kernel
+        self._programs: int = arguments["programs"]
+        self._arguments = arguments
+        self._again: Callable[[], None] | None = None
+        self._chunks = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def launch(self) -> int:
-        """Queues them. Returns how many."""
-        self._calls += 1
-        if self._device.type == "cuda" and self.size > 1 and self._calls > 2:
-            if self._graph is None:
-                self._graph = self._capture()
-            self._graph.replay()
-        else:
-            self._queue()
-        return self.size
+    def launch(self, count: int) -> None:
+        """Queues it so many times."""
+        for _ in range(count):
+            if self._again:
+                self._again()
+                continue
+            compiled = self._kernel[(self._programs,)](**self._arguments)
+            if compiled:  # not so in the interpreter. Spares Triton to look at all arguments again
+                values = [self._arguments[name] for name in self._kernel.arg_names]
+                self._again = functools.partial(compiled[(self._programs, 1, 1)], *values)
 
-    def _queue(self) -> None:
-        for _ in range(self.size):
-            self._launch_once()
+    def launch_chunk(self) -> int:
+        """Queues what may be enough. Returns how many launches.
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+        Those of one program make the whole solve. The third chunk and later ones are a CUDA graph.
+        """
+        if self._programs == 1:
+            self.launch(1)
+            return 1
+        self._chunks += 1
+        size = FIRST_CHUNK if self._chunks == 1 else CHUNK
+        device: torch.device = self._arguments["control"].device
+        if self._chunks <= 2 or device.type != "cuda":
+            self.launch(size)
+            return size
+        if self._graph is None:
+            self._graph = self._capture(size, device)
+        self._graph.replay()
+        return size
+
+    def _capture(self, size: int, device: torch.device) -> torch.cuda.CUDAGraph:
         # Not by torch.cuda.graph, which empties the allocator's cache first. Nothing is allocated
-        # here, and nothing runs: the kernels are compiled since the first chunk.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        # here, and nothing runs: the kernel is compiled since the first chunk.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
-            self._queue()
+            self.launch(size)
             graph.capture_end()
         return graph
 
