@@ -92,9 +92,10 @@ def _layer(
     if LAYER == 0:
         return _first_layer(weights, t, y, n, F, F.N)
     else:
-        units = n + tl.arange(0, F.N)
+        N: tl.constexpr = F.N
+        units = n + tl.arange(0, N)
         bias = tl.load(weights[2 * LAYER + 1] + units, mask=units < F.hidden, other=0.0)
-        z = tl.zeros([B, F.N], y.dtype) + bias[None, :]
+        z = tl.zeros([B, N], y.dtype) + bias[None, :]
         for k in range(0, F.H, F.K):
             inputs = k + tl.arange(0, F.K)
             if LAYER == 1 and not KEEP:
@@ -133,7 +134,8 @@ def evaluate(weights, record, t, y, F: tl.constexpr, B: tl.constexpr, KEEP: tl.c
         record: The evaluation's record. Without KEEP, scratch memory of that size.
         t: Time: a number, or [B, 1].
         y: State, [B, D]; columns beyond the field's are 0.
-        F: The field, an `MLP`.
+        F: The field, an `MLP`. Where Triton wants a constant (a shape, the end of an unrolled
+            loop), versions up to 3.6 want a name bound to it, no attribute.
         B: Rows of the tile.
         KEEP: Whether to write the record.
 
@@ -141,7 +143,8 @@ def evaluate(weights, record, t, y, F: tl.constexpr, B: tl.constexpr, KEEP: tl.c
         [B, D]; columns beyond the field's are 0.
     """
     LAST: tl.constexpr = F.layers - 1
-    c = tl.arange(0, F.D)
+    D: tl.constexpr = F.D
+    c = tl.arange(0, D)
     r = tl.arange(0, B)
     if KEEP:
         tl.store(record + r[:, None], t + tl.zeros([B, 1], y.dtype))
@@ -155,7 +158,7 @@ def evaluate(weights, record, t, y, F: tl.constexpr, B: tl.constexpr, KEEP: tl.c
                 tl.store(kept + offset, activations.keep(z, F.activation))
             tl.debug_barrier()  # the next layer reads what other threads wrote
     bias = tl.load(weights[2 * F.layers + 1] + c, mask=c < F.dim, other=0.0)
-    k = tl.zeros([B, F.D], y.dtype) + bias[None, :]
+    k = tl.zeros([B, D], y.dtype) + bias[None, :]
     for n in range(0, F.H, F.N):
         units = n + tl.arange(0, F.N)
         z = _layer(weights, record, t, y, n, LAST, F, B, KEEP)
@@ -188,7 +191,10 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
     Returns:
         [B, D]; columns beyond the field's are 0.
     """
-    c = tl.arange(0, F.D)
+    D: tl.constexpr = F.D
+    N: tl.constexpr = F.N
+    LAST: tl.constexpr = F.layers - 1
+    c = tl.arange(0, D)
     r = tl.arange(0, B)
     deltas = _deltas(record, F, B)
     tl.store(deltas - B * F.D + r[:, None] * F.D + c[None, :], cotangent)
@@ -201,13 +207,13 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
             other=0.0,
         )
         g = tl.dot(cotangent, w, input_precision=F.precision, out_dtype=cotangent.dtype)
-        slope = activations.derivative(_kept(record, units, F.layers - 1, F, B), F.activation)
-        tl.store(deltas + _layer_offset(units, F.layers - 1, F, B), g * slope)
+        slope = activations.derivative(_kept(record, units, LAST, F, B), F.activation)
+        tl.store(deltas + _layer_offset(units, LAST, F, B), g * slope)
     tl.debug_barrier()
-    for layer in tl.static_range(F.layers - 2, -1, -1):
+    for layer in tl.static_range(LAST - 1, -1, -1):
         for n in range(0, F.H, F.N):
             units = n + tl.arange(0, F.N)
-            g = tl.zeros([B, F.N], cotangent.dtype)
+            g = tl.zeros([B, N], cotangent.dtype)
             for k in range(0, F.H, F.K):
                 outputs = k + tl.arange(0, F.K)
                 delta = tl.load(deltas + _layer_offset(outputs, layer + 1, F, B))
@@ -216,7 +222,7 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
             slope = activations.derivative(_kept(record, units, layer, F, B), F.activation)
             tl.store(deltas + _layer_offset(units, layer, F, B), g * slope)
         tl.debug_barrier()
-    g = tl.zeros([B, F.D], cotangent.dtype)
+    g = tl.zeros([B, D], cotangent.dtype)
     for k in range(0, F.H, F.K):
         units = k + tl.arange(0, F.K)
         w = tl.load(  # [K, D]
@@ -259,7 +265,9 @@ def accumulate(
     WIDTH: tl.constexpr = F.time + F.dim
     BLOCK: tl.constexpr = 32 if F.H >= 32 else 16  # units of a block of weights
     T: tl.constexpr = sums.dtype.element_ty
-    c = tl.arange(0, F.D)
+    D: tl.constexpr = F.D
+    LAYERS: tl.constexpr = F.layers
+    c = tl.arange(0, D)
     r = tl.arange(0, B)
     tl.debug_barrier()  # records are whole
     # The first layer: inputs are time and state.
@@ -284,7 +292,7 @@ def accumulate(
         if F.time:
             _add(sums + units * WIDTH, of_time, inside)
     sums += F.hidden * (WIDTH + 1)
-    for layer in tl.static_range(1, F.layers):
+    for layer in tl.static_range(1, LAYERS):
         for n in range(0, F.H, BLOCK):
             units = n + tl.arange(0, BLOCK)
             for k in range(0, F.H, BLOCK):
@@ -308,12 +316,12 @@ def accumulate(
         place = sums + c[:, None] * F.hidden + inputs[None, :]
         mask = (c < F.dim)[:, None] & (inputs < F.hidden)[None, :]
         w = tl.load(place, mask=mask, other=0.0)
-        bias = tl.zeros([F.D], T)
+        bias = tl.zeros([D], T)
         for i in range(first, last):
             record = records + i * SIZE
             delta = tl.load(_deltas(record, F, B) - B * F.D + r[:, None] * F.D + c[None, :])
             delta *= tl.load(weight_ptr + i)
-            a = activations.value(_kept(record, inputs, F.layers - 1, F, B), F.activation)
+            a = activations.value(_kept(record, inputs, LAYERS - 1, F, B), F.activation)
             w = tl.dot(tl.trans(delta), a, w, input_precision=F.precision, out_dtype=T)
             bias += tl.sum(delta, 0)
         tl.store(place, w, mask=mask)
