@@ -399,32 +399,31 @@ def adaptive_by_row(
             did not move, they are equal.
         control: Of each tile [CONTROL], all 0 at first: STATUS; PHASE; ACCEPTED, steps in which
             some row moved; NFE, attempts; OUTPUT. For failures ROW, ROWS, T and DT.
-        row_control: float64 [5, programs * B], all 0 at first: of each row t, dt, the error ratio,
-            and how many steps were accepted and rejected.
+        row_control: float64 [5, programs * B], all 0 at first: of each row t, dt, the error ratio
+            (the norm of its derivative, while the first step is chosen), and how many steps were
+            accepted and rejected. Kept there, not in registers: the field needs these.
     """
     pid = tl.program_id(0)
-    r = (pid * B + tl.arange(0, B))[:, None]
+    first_row = pid.to(tl.int64) * B
+    r = tl.arange(0, B)[:, None]
     c = tl.arange(0, D)[None, :]
-    in_batch = r < rows
+    in_batch = first_row + r < rows
     inside = in_batch & (c < DIM)
-    place = r.to(tl.int64) * DIM + c
+    place = r * DIM + c
     size = rows.to(tl.int64) * DIM
-    tile = tl.arange(0, B)[:, None] * D + c
+    tile = r * D + c
     stages = scratch + pid.to(tl.int64) * SCRATCH
     record = stages + S * B * D
     DTYPE: tl.constexpr = x.dtype.element_ty
     sign = tl.load(settings + SIGN).to(DTYPE)
     min_step = tl.load(settings + controller.MIN_STEP)
     end = tl.load(times + num_times - 1)
+    out += first_row * DIM
+    states += first_row * DIM
+    steps += first_row
     control += pid * CONTROL
-    rows_at = row_control + r
+    rows_at = row_control + first_row + r
     of_rows = tl.num_programs(0) * B
-    t = tl.load(rows_at)
-    dt = tl.load(rows_at + of_rows)
-    ratio = tl.load(rows_at + 2 * of_rows)
-    accepted = tl.load(rows_at + 3 * of_rows)
-    rejected = tl.load(rows_at + 4 * of_rows)
-    slope_norm = 0.0 * t
     status = tl.load(control + STATUS).to(tl.int32)
     phase = tl.load(control + PHASE).to(tl.int32)
     slot = tl.load(control + ACCEPTED).to(tl.int64)
@@ -432,29 +431,29 @@ def adaptive_by_row(
     output = tl.load(control + OUTPUT).to(tl.int32)
     status = tl.where(status == FULL, RUNNING, status)
     while status == RUNNING:
+        t = tl.load(rows_at)
+        dt = tl.load(rows_at + of_rows)
         if phase == START:
             t = tl.load(times) + 0.0 * t
             dt = 0.0 * t
         active = in_batch & (t < end)
         t1 = tl.where((phase == STEP) & active, t + dt, t)
         h = tl.where(phase == GUESS, dt, t1 - t).to(DTYPE)
-        here = states + tl.where(KEEP, slot, 0) * 2 * size + place
+        here = states + tl.where(KEEP, slot, 0) * 2 * size
         there = here + tl.where(KEEP, 2 * size, 0)
         first = tl.where(phase == STEP, 1, tl.where(phase == GUESS, S + 1, 0))
         last = tl.where(phase == STEP, S, first + 1)
         if phase == START:
-            at = x + r.to(tl.int64) * x_stride + c
+            at = x + (first_row + r) * x_stride + c
             y = tl.load(at, mask=in_batch & (c < DATA), other=0.0)
-            f = tl.zeros([B, D], DTYPE)
-            tl.store(here, y, mask=inside)
+            tl.store(here + place, y, mask=inside)
             tl.store(out + place, y, mask=inside)
         else:
-            y = tl.load(here, mask=inside, other=0.0)
-            f = tl.load(here + size, mask=inside, other=0.0)
+            f = tl.load(here + size + place, mask=inside, other=0.0)
             tl.store(stages + tile, f)
         tl.debug_barrier()
-        k = f
         for s in range(first, last):
+            y = tl.load(here + place, mask=inside, other=0.0)
             argument = y + h * weighted_sum(tableau + s * S, stages, tile, S)
             c_s = tl.load(tableau + (S + 3) * S + s, mask=s < S, other=0.0)
             at_node = node(t, t1, c_s, DTYPE, True)
@@ -463,14 +462,18 @@ def adaptive_by_row(
             k = tl.where(inside, k, 0.0)
             tl.store(stages + tl.minimum(s, S - 1) * B * D + tile, k)
             tl.debug_barrier()
+        k = tl.load(stages + tl.minimum(last - 1, S - 1) * B * D + tile)
+        y = tl.load(here + place, mask=inside, other=0.0)
         if phase == STEP:
             y1 = y + h * weighted_sum(tableau + S * S, stages, tile, S)
             error = h * weighted_sum(tableau + (S + 2) * S, stages, tile, S)
             norm = _row_norm(scaled_square(error, larger(y, y1), settings), inside, DIM)
-            ratio = tl.where(active, norm, ratio)
+            ratio = tl.where(active, norm, tl.load(rows_at + 2 * of_rows))
+            tl.store(rows_at + 2 * of_rows, ratio)
             accept = active & controller.accepts(dt, ratio, settings)
-            tl.store(there, tl.where(accept, y1, y), mask=inside)
-            tl.store(there + size, tl.where(accept, k, f), mask=inside)
+            tl.store(there + place, tl.where(accept, y1, y), mask=inside)
+            f = tl.load(stages + tile)
+            tl.store(there + size + place, tl.where(accept, k, f), mask=inside)
             moved_to = tl.where(accept, t1, t)
             if KEEP:
                 at = steps + slot * 2 * rows + r
@@ -487,8 +490,8 @@ def adaptive_by_row(
                 tl.store(out + i * size + place, value, mask=inside & in_step)
                 i += 1
                 time = output_time(times, i, num_times)
-            accepted += tl.where(accept, 1.0, 0.0)
-            rejected += tl.where(active & (accept == 0), 1.0, 0.0)
+            at = rows_at + tl.where(accept, 3, 4) * of_rows
+            tl.store(at, tl.load(at) + 1.0, mask=active)
             dt = tl.where(active, controller.next_step(dt, ratio, settings), dt)
             t = moved_to
             slot += tl.max(tl.max(accept.to(tl.int32), 1), 0)
@@ -497,12 +500,16 @@ def adaptive_by_row(
             while output_time(times, output, num_times) <= low:
                 output += 1
         elif phase == GUESS:
-            difference = _row_norm(scaled_square(k - f, tl.abs(y), settings), inside, DIM)
+            change = k - tl.load(stages + tile)
+            difference = _row_norm(scaled_square(change, tl.abs(y), settings), inside, DIM)
+            slope_norm = tl.load(rows_at + 2 * of_rows)
+            tl.debug_barrier()  # no thread writes it before all have read it
+            tl.store(rows_at + 2 * of_rows, 0.0 * t)
             dt = controller.initial_step(dt, slope_norm, difference / dt, settings)
             dt = controller.clamp(dt, settings)
             phase = STEP
         else:
-            tl.store(here + size, k, mask=inside)
+            tl.store(here + size + place, k, mask=inside)
             norm = _row_norm(scaled_square(y, tl.abs(y), settings), inside, DIM)
             slope_norm = _row_norm(scaled_square(k, tl.abs(y), settings), inside, DIM)
             given = tl.load(settings + controller.FIRST_STEP)
@@ -511,12 +518,16 @@ def adaptive_by_row(
                 phase = STEP
             else:
                 dt = controller.first_guess(norm, slope_norm)
+                tl.store(rows_at + 2 * of_rows, slope_norm)
                 phase = GUESS
             output = 1
             if total(y * 0, inside) != 0:
                 status = NON_FINITE_INPUT
+        tl.store(rows_at, t)
+        tl.store(rows_at + of_rows, dt)
         tl.debug_barrier()
         if (phase == STEP) & (status == RUNNING):
+            ratio = tl.load(rows_at + 2 * of_rows)
             active = in_batch & (t < end)
             failing = (controller.finite(ratio) == 0) & (dt <= min_step)
             stuck = active & (((t + dt > t) == 0) | failing)
@@ -533,18 +544,13 @@ def adaptive_by_row(
                 status = tl.where(too_many, MAX_STEPS, tl.where(is_bad != 0, NON_FINITE, UNDERFLOW))
                 at_row = tl.sum(tl.sum(tl.where(r == row, t, 0.0), 1), 0)
                 slowest = tl.min(tl.min(tl.where(active, t, float("inf")), 1), 0)
-                tl.store(control + ROW, row.to(tl.float64))
+                tl.store(control + ROW, (first_row + row).to(tl.float64))
                 tl.store(control + ROWS, tl.sum(tl.sum(stopped.to(tl.float64), 1), 0))
                 tl.store(control + T, tl.where(too_many, slowest, at_row))
                 tl.store(control + DT, tl.sum(tl.sum(tl.where(r == row, dt, 0.0), 1), 0))
             elif KEEP:
                 if slot >= capacity:
                     status = FULL
-    tl.store(rows_at, t)
-    tl.store(rows_at + of_rows, dt)
-    tl.store(rows_at + 2 * of_rows, ratio)
-    tl.store(rows_at + 3 * of_rows, accepted)
-    tl.store(rows_at + 4 * of_rows, rejected)
     tl.store(control + STATUS, status.to(tl.float64))
     tl.store(control + PHASE, phase.to(tl.float64))
     tl.store(control + ACCEPTED, slot.to(tl.float64))
