@@ -1,8 +1,11 @@
 """Launch configurations: how many rows a program takes, with how many warps, in what blocks.
 
-One table, no tuning at run time: a solve runs the same way every time. The entries come from
-compiling every candidate (`python -m anode_fast.kernels.gpu.aot`) and, on a card, from
-`python -m benchmarks.tune`, which prints this table anew.
+One table, no tuning at run time: a solve runs the same way every time. What stands in it was chosen
+by compiling candidates for each architecture, not by timing them: of those that spill no register,
+the one whose instructions wait least on the path of a step; for many rows, the one that has most of
+them under way on a multiprocessor meanwhile (`python -m benchmarks.tune --estimate 90`). `python -m
+anode_fast.kernels.gpu.aot --check` compiles what the table holds; `python -m benchmarks.tune` times
+the candidates on a card and prints it anew.
 """
 
 from __future__ import annotations
@@ -16,6 +19,28 @@ from anode_fast.kernels.gpu.mlp import MLP
 from anode_fast.kernels.interface import Field
 
 MOST_DIM, MOST_HIDDEN, MOST_LAYERS = 64, 128, 4
+LOWEST_CAPABILITY = 80
+
+KERNELS = ("fixed", "adaptive", "by_row", "gradient", "continuous")
+"""Kinds of kernels: of a kind, all are launched alike."""
+
+ONE_STEP_SIZE = ("adaptive", "continuous")
+"""Kinds whose programs have to agree on each step, in a launch of its own unless there is one."""
+
+WIDTHS = (16, 32, 64, 128)
+"""Of hidden layers, padded."""
+
+PRECISIONS = ("tf32x3", "tf32", "ieee")
+"""Of matrix products; "ieee" is float64."""
+
+ARCHITECTURES = (80, 90, 100)
+"""Compute capabilities with entries of their own; see `architecture`."""
+
+MANY_ROWS = 8192
+"""From here on every multiprocessor has programs, even if each program takes many rows."""
+
+MOST_NUMBERS = 1024
+"""In a tile of the state, rows x padded width: registers hold several."""
 
 
 class Launch(NamedTuple):
@@ -32,6 +57,128 @@ class Launch(NamedTuple):
     N: int
     K: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told at a launch, beside the kernel's arguments.
+
+        Without `maxnreg` ptxas spills a few registers to have more programs on a multiprocessor; a
+        small batch waits for the only one there is.
+        """
+        most = min(255, 65536 // (32 * self.warps))
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": most}
+
+
+def _entry(*launches: tuple[int, int, int, int]) -> tuple[Launch, ...]:
+    return tuple(Launch(*launch) for launch in launches)
+
+
+# fmt: off
+TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]] = {
+    ("fixed", 16, "tf32x3"): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 4, 16, 16)),
+    ("fixed", 32, "tf32x3"): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 4, 32, 32)),
+    ("fixed", 64, "tf32x3"): _entry((16, 4, 64, 32), (32, 4, 64, 32), (64, 4, 64, 16)),
+    ("fixed", 128, "tf32x3"): _entry((16, 4, 128, 32), (32, 4, 128, 32)),
+    ("fixed", 16, "tf32"): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 4, 16, 16)),
+    ("fixed", 32, "tf32"): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 4, 32, 32)),
+    ("fixed", 64, "tf32"): _entry((16, 4, 64, 32), (32, 4, 64, 32), (64, 4, 64, 16)),
+    ("fixed", 128, "tf32"): _entry((16, 4, 128, 32), (32, 4, 128, 32)),
+    ("fixed", 16, "ieee"): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 4, 16, 16)),
+    ("fixed", 32, "ieee"): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 4, 32, 32)),
+    ("fixed", 64, "ieee"): _entry((16, 4, 64, 32), (32, 4, 64, 32), (64, 4, 64, 16)),
+    ("fixed", 128, "ieee"): _entry((16, 4, 128, 32), (32, 4, 128, 32)),
+    ("adaptive", 16, "tf32x3"): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 4, 16, 16)),
+    ("adaptive", 32, "tf32x3"): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 4, 32, 32)),
+    ("adaptive", 64, "tf32x3"): _entry((16, 4, 64, 32), (32, 4, 64, 32), (64, 4, 64, 16)),
+    ("adaptive", 128, "tf32x3"): _entry((16, 4, 128, 32), (32, 4, 128, 32)),
+    ("adaptive", 16, "tf32"): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 4, 16, 16)),
+    ("adaptive", 32, "tf32"): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 4, 32, 32)),
+    ("adaptive", 64, "tf32"): _entry((16, 4, 64, 32), (32, 4, 64, 32), (64, 4, 64, 16)),
+    ("adaptive", 128, "tf32"): _entry((16, 4, 128, 32), (32, 4, 128, 32)),
+    ("adaptive", 16, "ieee"): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 4, 16, 16)),
+    ("adaptive", 32, "ieee"): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 4, 32, 32)),
+    ("adaptive", 64, "ieee"): _entry((16, 4, 64, 32), (32, 4, 64, 32), (64, 4, 64, 16)),
+    ("adaptive", 128, "ieee"): _entry((16, 4, 128, 32), (32, 4, 128, 32)),
+    ("by_row", 16, "tf32x3"): _entry((16, 4, 16, 16), (32, 4, 16, 16)),
+    ("by_row", 32, "tf32x3"): _entry((16, 4, 32, 16), (64, 4, 32, 32)),
+    ("by_row", 64, "tf32x3"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
+    ("by_row", 128, "tf32x3"): _entry((16, 4, 128, 32)),
+    ("by_row", 16, "tf32"): _entry((16, 4, 16, 16), (32, 4, 16, 16)),
+    ("by_row", 32, "tf32"): _entry((16, 4, 32, 16), (64, 4, 32, 32)),
+    ("by_row", 64, "tf32"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
+    ("by_row", 128, "tf32"): _entry((16, 4, 128, 32)),
+    ("by_row", 16, "ieee"): _entry((16, 4, 16, 16), (32, 4, 16, 16)),
+    ("by_row", 32, "ieee"): _entry((16, 4, 32, 16), (64, 4, 32, 32)),
+    ("by_row", 64, "ieee"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
+    ("by_row", 128, "ieee"): _entry((16, 4, 128, 32)),
+    ("gradient", 16, "tf32x3"): _entry((16, 4, 16, 16)),
+    ("gradient", 32, "tf32x3"): _entry((16, 4, 32, 16)),
+    ("gradient", 64, "tf32x3"): _entry((16, 4, 64, 32)),
+    ("gradient", 128, "tf32x3"): _entry((16, 4, 64, 64)),
+    ("gradient", 16, "tf32"): _entry((16, 4, 16, 16)),
+    ("gradient", 32, "tf32"): _entry((16, 4, 32, 16)),
+    ("gradient", 64, "tf32"): _entry((16, 4, 64, 32)),
+    ("gradient", 128, "tf32"): _entry((16, 4, 64, 64)),
+    ("gradient", 16, "ieee"): _entry((16, 4, 16, 16)),
+    ("gradient", 32, "ieee"): _entry((16, 4, 32, 16)),
+    ("gradient", 64, "ieee"): _entry((16, 4, 64, 32)),
+    ("gradient", 128, "ieee"): _entry((16, 4, 64, 64)),
+    ("continuous", 16, "tf32x3"): _entry((32, 8, 16, 16), (16, 4, 16, 16)),
+    ("continuous", 32, "tf32x3"): _entry((32, 8, 32, 16), (16, 4, 32, 16)),
+    ("continuous", 64, "tf32x3"): _entry((32, 8, 64, 32), (16, 4, 64, 32)),
+    ("continuous", 128, "tf32x3"): _entry((32, 8, 64, 32), (16, 4, 64, 64)),
+    ("continuous", 16, "tf32"): _entry((32, 8, 16, 16), (16, 4, 16, 16)),
+    ("continuous", 32, "tf32"): _entry((32, 8, 32, 16), (16, 4, 32, 16)),
+    ("continuous", 64, "tf32"): _entry((32, 8, 64, 32), (16, 4, 64, 32)),
+    ("continuous", 128, "tf32"): _entry((32, 8, 64, 32), (16, 4, 64, 64)),
+    ("continuous", 16, "ieee"): _entry((32, 8, 16, 16), (16, 4, 16, 16)),
+    ("continuous", 32, "ieee"): _entry((32, 8, 32, 16), (16, 4, 32, 16)),
+    ("continuous", 64, "ieee"): _entry((32, 8, 64, 32), (16, 4, 64, 32)),
+    ("continuous", 128, "ieee"): _entry((32, 8, 64, 32), (16, 4, 64, 64)),
+    # Where these would spill.
+    ("adaptive", 16, "tf32x3", 100): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 8, 16, 16)),
+    ("adaptive", 32, "tf32x3", 100): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 8, 32, 16)),
+    ("adaptive", 16, "tf32", 100): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 8, 16, 16)),
+    ("adaptive", 32, "tf32", 100): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 8, 32, 16)),
+    ("by_row", 32, "tf32x3", 80): _entry((16, 4, 32, 16), (64, 8, 32, 16)),
+    ("gradient", 32, "tf32x3", 80): _entry((16, 4, 16, 16)),
+    ("gradient", 64, "tf32x3", 80): _entry((16, 8, 32, 32)),
+    ("gradient", 128, "tf32x3", 80): _entry((16, 8, 64, 32)),
+}
+# fmt: on
+"""Launches of a kind of kernel, a padded hidden width, and a precision. The last one is for many
+rows. Where a key goes on with an architecture, that entry goes before the general one."""
+
+
+def why_not(field: Field, dtype: torch.dtype, capability: int = LOWEST_CAPABILITY) -> str:
+    """Why the kernels cannot run a field; "" if they can.
+
+    Args:
+        field: The field.
+        dtype: Of the state.
+        capability: Of the GPU, 90 for 9.0.
+    """
+    layers = len(field.hidden)
+    if dtype not in (torch.float32, torch.float64):
+        return f"the state is {dtype}, the GPU kernels take float32 and float64"
+    if not 1 <= layers <= MOST_LAYERS:
+        return f"the field has {layers} hidden layers, the GPU kernels take 1 to {MOST_LAYERS}"
+    if len(set(field.hidden)) > 1:
+        widths = ", ".join(map(str, field.hidden))
+        return f"the field has hidden layers of widths {widths}, the GPU kernels take equal ones"
+    if field.hidden[0] > MOST_HIDDEN:
+        return (
+            f"the field has hidden layers of width {field.hidden[0]}, "
+            f"the GPU kernels take {MOST_HIDDEN} at most"
+        )
+    if field.dim > MOST_DIM:
+        return f"the state has width {field.dim}, the GPU kernels take {MOST_DIM} at most"
+    if capability < LOWEST_CAPABILITY:
+        return (
+            f"the GPU has compute capability {capability / 10}, "
+            f"the kernels need {LOWEST_CAPABILITY / 10}"
+        )
+    return ""
+
 
 def padded(width: int) -> int:
     """Width of a tile: a power of two, as tiles have to have, and enough for tensor cores."""
@@ -45,6 +192,15 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def architecture(capability: int) -> int:
+    """Whose entries serve a GPU.
+
+    Hopper and the data center's Blackwell have matrix instructions of their own; all others, and
+    the interpreter, have those of Ampere.
+    """
+    return 90 if capability == 90 else 100 if 100 <= capability < 110 else 80
+
+
 @functools.lru_cache(maxsize=1024)
 def configuration(
     kernel: str, rows: int, field: Field, precision: str, is_double: bool, capability: int
@@ -52,7 +208,7 @@ def configuration(
     """The field as the kernel is compiled for it, and the launch.
 
     Args:
-        kernel: "forward" or "gradient".
+        kernel: One of `KERNELS`.
         rows: Of the batch.
         field: The field.
         precision: Of matrix products.
@@ -60,8 +216,9 @@ def configuration(
         capability: Of the device: 80, 90, 100; 0 for the interpreter.
     """
     D, H = padded(field.dim), padded(field.hidden[0])
-    tile = min(64 if kernel == "forward" else 32, padded(rows))
-    launch = Launch(tile, 8, min(H, 64), 16)
+    key = ("adaptive" if kernel == "forward" else kernel, H, "ieee" if is_double else precision)
+    entry = TABLE.get((*key, architecture(capability))) or TABLE[key]
+    launch = _chosen(entry, key[0] in ONE_STEP_SIZE, rows, D, capability)
     return (
         MLP(
             *(field.dim, field.hidden[0], len(field.hidden), field.activation),
@@ -69,3 +226,18 @@ def configuration(
         ),
         launch,
     )
+
+
+def _chosen(
+    entry: tuple[Launch, ...], is_one_step_size: bool, rows: int, D: int, capability: int
+) -> Launch:
+    """Of an entry the launch for a batch."""
+    smallest, *larger = sorted(entry)
+    fitting = [smallest, *(x for x in larger if x.rows * D <= MOST_NUMBERS)]
+    holding = [x for x in fitting if x.rows >= rows]
+    # The interpreter's programs run one after the other.
+    if holding and (is_one_step_size or capability == 0):
+        return holding[0]
+    if rows >= MANY_ROWS or capability == 0:
+        return entry[-1] if entry[-1] in fitting else fitting[-1]
+    return smallest  # programs on as many multiprocessors as there are tiles

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anode_fast.kernels.gpu import adjoint, continuous, controller, launch, mlp, runge_kutta
 from anode_fast.kernels.gpu.launch import Launch
+from anode_fast.kernels.gpu.launch import why_not as why_not
 from anode_fast.kernels.interface import (
     BATCH,
     FIXED,
@@ -84,20 +85,6 @@ class Checkpoints:
     num_steps: int
     tile: int
     result: Result
-
-
-def why_not(field: Field, dtype: torch.dtype) -> str:
-    """Why the kernels cannot run the field; "" if they can."""
-    if len(set(field.hidden)) > 1:
-        return "the field's hidden layers have different widths"
-    if field.dim > launch.MOST_DIM or field.hidden[0] > launch.MOST_HIDDEN:
-        return (
-            f"the state has {field.dim} columns and hidden layers {field.hidden[0]} units, the "
-            f"GPU kernels take {launch.MOST_DIM} and {launch.MOST_HIDDEN} at most"
-        )
-    if len(field.hidden) > launch.MOST_LAYERS:
-        return f"the field has more than {launch.MOST_LAYERS} hidden layers"
-    return ""
 
 
 class Solve:
@@ -179,9 +166,9 @@ class Solve:
             )
         return self._on[device]
 
-    def _arguments(self, x: Tensor, rows: int) -> tuple[dict[str, Any], int]:
+    def _arguments(self, kernel: str, x: Tensor, rows: int) -> tuple[dict[str, Any], int]:
         """What the forward kernels have in common, and the number of programs."""
-        F, config = self._configuration("forward", x.device, rows)
+        F, config = self._configuration(kernel, x.device, rows)
         S, B = self.stages, config.rows
         programs = max(1, triton.cdiv(rows, B))
         size = S * B * F.D + F.record_size(B)
@@ -195,8 +182,7 @@ class Solve:
             rows=rows,
             **dict(EVALUATE=mlp.evaluate, F=F, DIM=self.dim, DATA=self.data_dim, S=S, B=B, D=F.D),
             SCRATCH=size,
-            num_warps=config.warps,
-            num_stages=1,
+            **config.options,
         ), programs
 
     def _fixed(
@@ -208,7 +194,7 @@ class Solve:
         keep: bool,
     ) -> tuple[Tensor, Result, Checkpoints]:
         rows, num_steps = x.shape[0], len(grid) - 1
-        arguments, programs = self._arguments(x, rows)
+        arguments, programs = self._arguments("fixed", x, rows)
         plan = _plan(times, grid, self.stages, self.method.last_on_demand)
         times_on, ends_on = (_doubles(values, x.device) for values in (times, grid))
         plan_on = _integers(plan, x.device)
@@ -249,7 +235,7 @@ class Solve:
         keep: bool,
     ) -> tuple[Tensor, Result, Checkpoints]:
         rows = x.shape[0]
-        arguments, programs = self._arguments(x, rows)
+        arguments, programs = self._arguments("adaptive", x, rows)
         is_captured = _is_captured(x.device)
         times_on = _doubles(times, x.device)
         out = _empty(x, (len(times), rows, self.dim))
@@ -329,7 +315,7 @@ class Solve:
         keep: bool,
     ) -> tuple[Tensor, Result, Checkpoints]:
         rows = x.shape[0]
-        arguments, programs = self._arguments(x, rows)
+        arguments, programs = self._arguments("by_row", x, rows)
         is_captured = _is_captured(x.device)
         times_on = _doubles(times, x.device)
         out = _empty(x, (len(times), rows, self.dim))
@@ -476,8 +462,7 @@ class Solve:
                 **dict(S=S, B=B, D=F.D, SCRATCH=size, TILE=checkpoints.tile),
                 FIXED=self.control == FIXED,
                 BY_ROW=self.control == SAMPLE,
-                num_warps=config.warps,
-                num_stages=1,
+                **config.options,
             )
             grads = self._reduced(sums, parameters) if wanted else []
         forward, launches = checkpoints.result, 2 if wanted else 1
@@ -692,7 +677,7 @@ class Solve:
         self, grad: Tensor, parameters: tuple[Tensor, ...], rows: int
     ) -> tuple[dict[str, Any], mlp.MLP, int]:
         """What the kernels of continuous.py have in common; the field; the number of tiles."""
-        F, config = self._configuration("gradient", grad.device, rows)
+        F, config = self._configuration("continuous", grad.device, rows)
         tableau, settings = self._constants(grad.device)
         return (
             dict(
@@ -702,8 +687,7 @@ class Solve:
                 rows=rows,
                 **dict(EVALUATE=mlp.evaluate, VJP=mlp.vjp, F=F, DIM=self.dim),
                 **dict(S=self.stages, B=config.rows, D=F.D),
-                num_warps=config.warps,
-                num_stages=1,
+                **config.options,
             ),
             F,
             max(1, triton.cdiv(rows, config.rows)),
@@ -721,8 +705,8 @@ class Solve:
 
     def describe(self, rows: int, device: torch.device) -> str:
         """Which kernel solves that many rows, in how many launches, with what arithmetic."""
-        kernel = {FIXED: "fixed", BATCH: "adaptive", SAMPLE: "adaptive_by_row"}[self.control]
-        _, config = self._configuration("forward", device, rows)
+        kernel = {FIXED: "fixed", BATCH: "adaptive", SAMPLE: "by_row"}[self.control]
+        _, config = self._configuration(kernel, device, rows)
         programs = max(1, triton.cdiv(rows, config.rows))
         launches = "1 launch"
         if self.control == BATCH and programs > 1:
