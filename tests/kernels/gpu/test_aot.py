@@ -172,10 +172,19 @@ def test_smaller_cards_have_less_shared_memory():
     assert "budget 101376" in aot.breaches(report)[0]
 
 
-def test_a_known_spill_is_accepted(monkeypatch):
-    monkeypatch.setitem(aot.SPILLS, ("adaptive", 32, "tf32x3", 90), 8)
-    assert aot.breaches(changed(GOOD, spill_bytes=8)) == []
-    assert aot.breaches(changed(GOOD, spill_bytes=16)) != []
+@pytest.mark.parametrize(
+    "case, most",
+    [
+        (Case("adaptive"), 0),
+        (Case("adaptive", arch=80), aot.MOST_SPILLED),
+        (Case("adaptive", precision="ieee"), aot.MOST_SPILLED),
+        (Case("adaptive", layers=3), aot.MOST_SPILLED),
+    ],
+    ids=str,
+)
+def test_what_may_spill(case, most):
+    assert aot.breaches(changed(GOOD, case=case, spill_bytes=most)) == []
+    assert aot.breaches(changed(GOOD, case=case, spill_bytes=most + 8)) != []
 
 
 @pytest.mark.parametrize("options, status", [([], 0), (["--check"], 1)])
