@@ -5,11 +5,14 @@ import types
 
 import pytest
 
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+try:
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
 
-from anode_fast.kernels.gpu import solve  # noqa: E402
+    from anode_fast.kernels.gpu import solve
+except ImportError:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture

@@ -11,15 +11,7 @@ import pytest
 import torch
 
 from anode_fast.spec import ACTIVATIONS
-from tests.kernels.cpu.test_activations import (
-    EXACT,
-    LIMITS,
-    TORCH,
-    exact_in_mpmath,
-    exact_silu,
-    sweep,
-    ulps,
-)
+from tests.kernels.activations import EXACT, LIMITS, TORCH, exact_in_mpmath, exact_silu, sweep, ulps
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
