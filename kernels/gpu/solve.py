@@ -468,6 +468,8 @@ class Solve:
         forward, launches = checkpoints.result, 2 if wanted else 1
         result = Result(nfe=forward.nfe_again, launches=launches)
         if found := forward.later:
+            failed = checkpoints.control[..., _STATUS] != controller.SUCCESS.value
+            _spoil(failed.any(), x_grad, *grads)
             result.later = lambda: Result(nfe=found().nfe_again, launches=launches)
         return x_grad if x is not None else None, grads, result
 

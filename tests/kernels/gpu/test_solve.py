@@ -316,6 +316,16 @@ def test_captured_solves_that_fail(kind, control, device, monkeypatch):
     assert call.stats.status == want[kind]
 
 
+@every_adaptive
+def test_captured_solves_that_fail_have_no_gradient(control, device, monkeypatch):
+    case, given = with_budget(control)
+    given["options"] |= {"max_num_steps": 2}
+    capture(monkeypatch)
+    got, stats = solved(case, f64, device, **given)
+    assert stats.status == Status.MAX_STEPS
+    assert all(value.isnan().all() for value in got.values())
+
+
 def prepared(field, x, t, step_control="batch", **given):
     problem = fused.make_problem(field, torch.zeros_like(x), t, **given)
     by_row = step_control == "sample"
