@@ -123,13 +123,14 @@ def counts(result):
 
 def launches(case, result, device):
     """One; of several tiles with adaptive steps one for each attempt. And those for the weights."""
-    _, config = case.solve(gpu, f64)._configuration("gradient", device, case.rows)
+    _, config = case.solve(gpu, f64)._configuration("continuous", device, case.rows)
     assert (case.rows > config.rows) == (case.rows == SEVERAL)
     of_weights = (2 if case.adaptive else 1) * (len(case.unwanted) < 2 * case.layers + 2)
     if not case.adaptive or case.rows <= config.rows:
         return 1 + of_weights
     attempts = result.accepted + result.rejected + len(case.times)
-    return math.ceil(attempts / gpu.CHUNK) * (gpu.CHUNK + of_weights)
+    more = math.ceil(max(attempts - gpu.FIRST_CHUNK, 0) / gpu.CHUNK)
+    return gpu.FIRST_CHUNK + of_weights + more * (gpu.CHUNK + of_weights)
 
 
 def check(case, device, dtype=f64, tensors=None, tolerance=1e-10, **options):
