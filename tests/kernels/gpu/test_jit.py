@@ -20,12 +20,18 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
+
+
+def name_of(kernel):
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+
+
 calls = []  # of the launcher: its grid, and its arguments without the fixed ones before them
 
 
 class Launcher:
     def __init__(self, source, metadata):
-        self.name = source.fn.__name__
+        self.name = name_of(source.fn)
 
     def __call__(self, *args):
         calls.append((self.name, args[:3], args[9:]))
@@ -59,8 +65,7 @@ run, launched = JITFunction.run, []
 
 def remembering(self, *args, grid, warmup, **kwargs):
     compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
-    name = f"{self.__module__.rpartition('.')[2]}.{self.__name__}"
-    launched.append((name, compiled.hash, "cubin" in compiled.asm))
+    launched.append((name_of(self), compiled.hash, "cubin" in compiled.asm))
     return compiled
 
 
@@ -103,12 +108,13 @@ for control in (BATCH, SAMPLE, FIXED):
     call(control, 20)
 call(BATCH, 500)
 names = [name for name, _, _ in launched]
-for grid in ((8, 1, 1), (16, 1, 1)):  # of the solve of 500 rows, and of its adjoint ODE
-    of_many = [args for name, programs, args in calls if (name, programs) == ("adaptive", grid)]
+for kernel in ("runge_kutta.adaptive", "continuous.adaptive"):
+    of_many = [(grid, args) for name, grid, args in calls if name == kernel and grid[0] > 2]
     assert len(of_many) == 32, calls
     # The first launch, and those made without another look at the arguments.
-    assert all(len(args) == len(of_many[0]) for args in of_many)
-    assert all(a is b or a == b for args in of_many for a, b in zip(args, of_many[0]))
+    for grid, args in of_many:
+        assert grid == of_many[0][0] and len(args) == len(of_many[0][1])
+        assert all(a is b or a == b for a, b in zip(args, of_many[0][1]))
 assert all(has_code for _, _, has_code in launched)
 assert set(names) == {
     "runge_kutta.fixed", "runge_kutta.adaptive", "runge_kutta.adaptive_by_row",
