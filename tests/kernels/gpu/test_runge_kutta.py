@@ -235,6 +235,20 @@ def test_the_end_of_a_step_is_evaluated_just_before_it(end, control, device):
             assert_no_worse(got, want, want.double(), "just before")
 
 
+@pytest.mark.parametrize("steps", [grid(0.5), given(0.5), given(0.5, control="sample")])
+def test_rows_that_pad_a_tile_stay_at_0(steps, device):
+    # A row at 1 stays there. One at 0 would become nan, if it moved, and with it the sums of all.
+    field = MLPField(2, 2, num_hidden=1, activation="relu", time_dependent=False).to(device, f64)
+    with torch.no_grad():
+        for layer, shift in zip(field.layers, (0.5e100, 0.0), strict=True):
+            layer.weight.copy_(-1e100 * torch.eye(2, dtype=f64))
+            layer.bias.fill_(shift)
+    x = torch.ones(3, 2, dtype=f64, device=device)
+    y = odeint(field, x, times(0.0, 1.0), backend="triton", **steps)
+    assert torch.equal(y, x.expand(2, 3, 2))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), field.parameters()))
+
+
 # --- parts ----------------------------------------------------------------------------------------
 
 
