@@ -135,6 +135,7 @@ CHOSEN = {
     "from far away": (Case(t=(-700.0, -699.9, -699.0), time_dependent=False), dict(rtol=1e-2)),
     "field of 0": (Case(gain=0.0, activation="identity"), {}),
     "state near 0": (Case(spread=1e-9), dict(rtol=1e-2)),
+    "no atol": (Case(), dict(atol=0.0)),
     "bosh3": (Case(), dict(rtol=1e-2, method="bosh3")),
     "adaptive_heun": (Case(t=(0.0, 0.2)), dict(rtol=1e-2, method="adaptive_heun")),
     "max_step": (Case(t=(0.0, 0.3)), dict(options={"max_step": 0.1})),
