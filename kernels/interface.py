@@ -23,6 +23,16 @@ class Field:
 
 
 @dataclass(frozen=True)
+class ConvField:
+    """Convolutions 1x1, 3x3 and 1x1: channels of the state, filters, activation, time input."""
+
+    channels: int
+    filters: int
+    activation: int
+    time_dependent: bool
+
+
+@dataclass(frozen=True)
 class Method:
     """An explicit Runge-Kutta method in numbers; conventions of anode_fast.tableau.
 
