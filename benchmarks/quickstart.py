@@ -43,7 +43,7 @@ from anode_fast.kernels.cpu import library
 from benchmarks import machine
 from benchmarks.baselines import with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
-from benchmarks.train import GRADIENT, PARTS, SOLVE, STEP, Run
+from benchmarks.train import GRADIENT, PARTS, SOLVE, STEP, Run, in_turns
 
 SOLVERS = ("anode_fast", "torchdiffeq")
 ADJOINT = "torchdiffeq, odeint_adjoint"
@@ -54,7 +54,6 @@ ADAMS: dict[str, dict[str, Any]] = {
 }
 FAST = {"epochs": 3, "varied": 20}
 COMPARED = 50  # iterations over which the loss curves of the two solvers are compared
-IN_A_ROW = 10  # iterations per turn: its own code and data are in the caches then, as when alone
 WARMUP = 5
 
 
@@ -284,20 +283,10 @@ def _race(
     everything = config.epochs * _iterations_per_epoch(config)
     total = everything if iterations is None else min(iterations, everything)
     with tqdm(total=total, desc=f"{title:>15}", unit="it") as bar:
-        for turns in _in_turns(trainings):
+        for turns in in_turns(trainings):
             bar.set_postfix({"loss": f"{fmean(turn[-1] for turn in turns):.4f}"}, refresh=False)
             bar.update(max(map(len, turns)))
     return runs
-
-
-def _in_turns(trainings: list[Iterator[float]]) -> Iterator[list[list[float]]]:
-    """A few iterations of each, in the opposite order each time, until all have ended."""
-    while True:
-        turns = [(training, list(islice(training, IN_A_ROW))) for training in reversed(trainings)]
-        trainings = [training for training, losses in turns if losses]
-        if not trainings:
-            return
-        yield [losses for _, losses in turns if losses]
 
 
 # ---- tables

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import median
 from typing import Any
 
@@ -24,6 +24,7 @@ STEP = "optimizer step"
 ZERO_GRAD = "zero_grad"
 REST = "data, the rest"  # getting the batch, calling the net, reading the loss
 PARTS = (SOLVE, GRADIENT, LOSS, STEP, ZERO_GRAD, REST)
+IN_A_ROW = 10  # iterations per turn: its own code and data are in the caches then, as when alone
 _INTERVALS = (REST, ZERO_GRAD, REST, SOLVE, LOSS, GRADIENT, STEP, REST)  # as they follow in time
 
 
@@ -157,3 +158,19 @@ def _watched(block: nn.Module, mark: Callable[[], None]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def in_turns(
+    trainings: list[Iterator[float]], in_a_row: int = IN_A_ROW
+) -> Iterator[list[list[float]]]:
+    """A few iterations of each, in the opposite order each time, until all have ended.
+
+    Yields:
+        The losses of each training's turn, last first.
+    """
+    while True:
+        turns = [(training, list(islice(training, in_a_row))) for training in reversed(trainings)]
+        trainings = [training for training, losses in turns if losses]
+        if not trainings:
+            return
+        yield [losses for _, losses in turns if losses]

@@ -28,7 +28,6 @@ from benchmarks.quickstart import (
     Config,
     Flow,
     Trained,
-    _in_turns,
     draw,
     run,
     train,
@@ -36,7 +35,17 @@ from benchmarks.quickstart import (
 from benchmarks.speed import rivals, tables
 from benchmarks.speed.rivals import Case, DiffraxRival, Worker, with_anode_fast, with_odeint
 from benchmarks.speed.turns import IN_A_ROW, MAX_ROUNDS, READY, Turns
-from benchmarks.train import GRADIENT, LOSS, PARTS, REST, SOLVE, STEP, ZERO_GRAD, Run
+from benchmarks.train import (
+    GRADIENT,
+    LOSS,
+    PARTS,
+    REST,
+    SOLVE,
+    STEP,
+    ZERO_GRAD,
+    Run,
+    in_turns,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -361,7 +370,7 @@ def test_quickstart_trains_both_from_the_seeded_weights_by_the_papers_recipe():
     assert runs["torchdiffeq"].losses[0] == pytest.approx(expected.losses[0], rel=1e-5)
 
 
-def test_trainings_take_turns_until_the_last_has_ended(monkeypatch):
+def test_trainings_take_turns_until_the_last_has_ended():
     log = []
 
     def training(name, count):
@@ -369,8 +378,7 @@ def test_trainings_take_turns_until_the_last_has_ended(monkeypatch):
             log.append(name)
             yield 0.5
 
-    monkeypatch.setattr("benchmarks.quickstart.IN_A_ROW", 3)
-    turns = list(_in_turns([training("a", 7), training("b", 3)]))
+    turns = list(in_turns([training("a", 7), training("b", 3)], 3))
     assert turns == [[[0.5] * 3] * 2, [[0.5] * 3], [[0.5]]]
     assert "".join(log) in ("aaabbbaaaa", "bbbaaaaaaa")
 
