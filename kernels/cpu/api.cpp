@@ -7,6 +7,7 @@
 
 #include "adjoint.hpp"
 #include "continuous.hpp"
+#include "conv.hpp"
 #include "mlp.hpp"
 #include "peak.hpp"
 #include "runge_kutta.hpp"
@@ -17,7 +18,7 @@ namespace anode {
 namespace {
 
 // Raised whenever a struct or a function below changes; ABI_VERSION in library.py is the same.
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 // What stays the same from call to call.
 struct Plan {
@@ -80,6 +81,68 @@ auto guarded(Result& result, F f) -> decltype(f()) {
     result = {};
     result.status = kOutOfMemory;
     return decltype(f())();
+  }
+}
+
+// Images and tensors of a call of a convolutional field; see Images and ConvGradients.
+struct ConvArguments {
+  std::int64_t batch, height, width;
+  const void* t;
+  std::int64_t t_stride;
+  const void* y;
+  void* record;           // null: an evaluation keeps none
+  void* out;              // of an evaluation
+  const void* cotangent;  // of a gradient, from here on
+  void *y_grad, *t_grad;
+  void* parameter_grads[6];
+};
+
+// A convolutional field with its weights packed.
+struct AnyConvolutions {
+  virtual ~AnyConvolutions() = default;
+  virtual std::int64_t record_size(const ConvArguments& a) const = 0;
+  virtual void evaluate(const ConvArguments& a) const = 0;
+  virtual void vjp(const ConvArguments& a) const = 0;
+};
+
+template <class T>
+class OwnedConvolutions : public AnyConvolutions {
+ public:
+  OwnedConvolutions(const ConvShape& shape, const void* const* parameters, bool differentiates)
+      : field_(shape, typed<T>(parameters), differentiates) {}
+
+  std::int64_t record_size(const ConvArguments& a) const override {
+    return field_.record_size(a.batch, int(a.height), int(a.width));
+  }
+
+  void evaluate(const ConvArguments& a) const override {
+    field_.evaluate(images(a), static_cast<T*>(a.out), static_cast<T*>(a.record));
+  }
+
+  void vjp(const ConvArguments& a) const override {
+    ConvGradients<T> gradients{static_cast<T*>(a.y_grad), static_cast<T*>(a.t_grad), {}};
+    for (int i = 0; i < 6; ++i) gradients.parameters[i] = static_cast<T*>(a.parameter_grads[i]);
+    field_.vjp(images(a), static_cast<const T*>(a.record), static_cast<const T*>(a.cotangent),
+               gradients);
+  }
+
+ private:
+  static Images<T> images(const ConvArguments& a) {
+    return {a.batch,    int(a.height),              int(a.width), static_cast<const T*>(a.t),
+            a.t_stride, static_cast<const T*>(a.y)};
+  }
+
+  const Convolutions<T> field_;
+};
+
+// Whether there was memory enough.
+template <class F>
+int enough_memory(F f) {
+  try {
+    f();
+    return 1;
+  } catch (const std::bad_alloc&) {
+    return 0;
   }
 }
 
@@ -178,6 +241,36 @@ ANODE_EXPORT void anode_continuous_gradient(const Plan* plan, std::int64_t rows,
 }
 
 ANODE_EXPORT void anode_free(void* trace) { delete static_cast<AnyTrace*>(trace); }
+
+// A convolutional field, to be freed by anode_conv_free; null if there is no memory.
+ANODE_EXPORT void* anode_conv_pack(const ConvShape* shape, int is_double,
+                                   const void* const* parameters, int differentiates) {
+  AnyConvolutions* field = nullptr;
+  enough_memory([&] {
+    if (is_double) {
+      field = new OwnedConvolutions<double>(*shape, parameters, differentiates);
+    } else {
+      field = new OwnedConvolutions<float>(*shape, parameters, differentiates);
+    }
+  });
+  return field;
+}
+
+ANODE_EXPORT void anode_conv_free(void* field) { delete static_cast<AnyConvolutions*>(field); }
+
+// Numbers in the record of an evaluation.
+ANODE_EXPORT std::int64_t anode_conv_record_size(const void* field, const ConvArguments* a) {
+  return static_cast<const AnyConvolutions*>(field)->record_size(*a);
+}
+
+// Both return 1, or 0 if there is no memory.
+ANODE_EXPORT int anode_conv_evaluate(const void* field, const ConvArguments* a) {
+  return enough_memory([&] { static_cast<const AnyConvolutions*>(field)->evaluate(*a); });
+}
+
+ANODE_EXPORT int anode_conv_vjp(const void* field, const ConvArguments* a) {
+  return enough_memory([&] { static_cast<const AnyConvolutions*>(field)->vjp(*a); });
+}
 
 // Floating point operations per second of one core's multiply-add units, measured for `seconds`.
 ANODE_EXPORT double anode_peak_flops(int is_double, double seconds) {

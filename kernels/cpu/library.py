@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3  # api.cpp: anode_abi_version. Raise both when an exported function changes.
+ABI_VERSION = 4  # api.cpp: anode_abi_version. Raise both when an exported function changes.
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")  # best first
 FORCE = "ANODE_FAST_ISA"  # environment: the one instruction set to use
 
@@ -120,6 +120,11 @@ def _declare(library: ctypes.CDLL) -> None:
             + [ctypes.c_int, pointer, pointer, pointer],
         ),
         "anode_free": (None, [pointer]),
+        "anode_conv_pack": (pointer, [pointer, ctypes.c_int, pointer, ctypes.c_int]),
+        "anode_conv_free": (None, [pointer]),
+        "anode_conv_record_size": (size, [pointer] * 2),
+        "anode_conv_evaluate": (ctypes.c_int, [pointer] * 2),
+        "anode_conv_vjp": (ctypes.c_int, [pointer] * 2),
         "anode_peak_flops": (ctypes.c_double, [ctypes.c_int, ctypes.c_double]),
     }
     for name, (result, arguments) in functions.items():

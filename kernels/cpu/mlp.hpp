@@ -28,17 +28,6 @@ constexpr int kTileRows = kTileVectors * kLanes<T>;
 constexpr int kGradientRows = 4;
 constexpr int kGradientColumns = kVectorRegisters == 32 ? 4 : 2;
 
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Calls f with `count`, 1 to Most, as a compile-time constant.
-template <int Most, class F>
-inline void with_constant(int count, F&& f) {
-  if constexpr (Most > 1) {
-    if (count < Most) return with_constant<Most - 1>(count, f);
-  }
-  f(std::integral_constant<int, Most>{});
-}
-
 // --- one affine layer -----------------------------------------------------------------------------
 
 // Weights of an affine map in blocks of outputs. A block of J outputs: J biases, J weights of time,

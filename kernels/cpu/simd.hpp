@@ -57,6 +57,8 @@ using IntVec = typename VectorTraits<T>::IntVector;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 template <class T>
 inline Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VectorTraits<T>::Memory*>(p);
@@ -98,6 +100,15 @@ ANODE_INLINE inline void unrolled(F f, std::integer_sequence<int, I...>) {
 template <int Count, class F>
 ANODE_INLINE inline void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, Count>{});
+}
+
+// Calls f with `count`, 1 to Most, as a compile-time constant.
+template <int Most, class F>
+inline void with_constant(int count, F&& f) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_constant<Most - 1>(count, f);
+  }
+  f(std::integral_constant<int, Most>{});
 }
 
 // --- sums across lanes ----------------------------------------------------------------------------
