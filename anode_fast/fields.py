@@ -193,19 +193,34 @@ class ConvField(nn.Module):
         Raises:
             InvalidArgument, InvalidType: Shapes or dtypes that do not fit.
         """
+        return self.evaluate(self.tensors(), t, y)
+
+    def evaluate(self, tensors: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt as `forward` gives it, with these tensors in the place of the field's own.
+
+        Args:
+            tensors: Like what `tensors()` returns.
+            t, y: As in `forward`.
+        """
         self.__dict__["nfe"] += 1  # as in MLPField
         act = _FUNCTIONS[self.activation]
+        w1, b1, w2, b2, w3, b3 = tensors
         if y.dim() != 4 or y.shape[1] != self.channels:
             _refuse_state("ConvField", y, f"(batch, {self.channels}, height, width)")
-        _check_dtype("ConvField", y, self.conv1.weight)
+        _check_dtype("ConvField", y, w1)
         if not self.time_dependent:
-            h = act(F.conv2d(y, self.conv1.weight, self.conv1.bias))
-            h = act(F.conv2d(h, self.conv2.weight, self.conv2.bias, padding=1))
-            return F.conv2d(h, self.conv3.weight, self.conv3.bias)
+            h = act(F.conv2d(y, w1, b1))
+            h = act(F.conv2d(h, w2, b2, padding=1))
+            return F.conv2d(h, w3, b3)
         _check_time("ConvField", t, y)
-        h = act(_conv1x1(self.conv1, t, y))
-        h = act(_conv3x3(self.conv2, t, h))
-        return _conv1x1(self.conv3, t, h)
+        h = act(_conv1x1(w1, b1, t, y))
+        h = act(_conv3x3(w2, b2, t, h))
+        return _conv1x1(w3, b3, t, h)
+
+    def tensors(self) -> list[Tensor]:
+        """Weight and bias of every convolution, first to last."""
+        layers = self.conv1, self.conv2, self.conv3
+        return [x for conv in layers for x in (conv.weight, cast("Tensor", conv.bias))]
 
     def spec(self) -> ConvSpec:
         """The field as plain data."""
@@ -216,28 +231,27 @@ class ConvField(nn.Module):
         return f"activation={self.activation!r}, time_dependent={self.time_dependent}"
 
 
-def _split(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The weight's part for t, [out, 1, k, k], and for the state, [out, in, k, k]."""
-    w_time, w_state = conv.weight.split_with_sizes((1, conv.in_channels - 1), 1)
+    w_time, w_state = weight.split_with_sizes((1, weight.shape[1] - 1), 1)
     return w_time, w_state
 
 
-def _conv1x1(conv: nn.Conv2d, t: Tensor, y: Tensor) -> Tensor:
-    """conv([t, y]) for a 1x1 convolution."""
-    w_time, w_state = _split(conv)
+def _conv1x1(weight: Tensor, bias: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The 1x1 convolution of [t, y]."""
+    w_time, w_state = _split(weight)
     if t.dim() == 0:
-        bias = torch.addcmul(cast("Tensor", conv.bias), t, w_time.reshape(-1))
-        return F.conv2d(y, w_state, bias)
-    return F.conv2d(y, w_state, conv.bias) + t * w_time.reshape(-1, 1, 1)
+        return F.conv2d(y, w_state, torch.addcmul(bias, t, w_time.reshape(-1)))
+    return F.conv2d(y, w_state, bias) + t * w_time.reshape(-1, 1, 1)
 
 
-def _conv3x3(conv: nn.Conv2d, t: Tensor, y: Tensor) -> Tensor:
-    """conv([t, y]) for a 3x3 convolution with padding 1."""
-    w_time, w_state = _split(conv)
+def _conv3x3(weight: Tensor, bias: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The 3x3 convolution of [t, y] with padding 1."""
+    w_time, w_state = _split(weight)
     # The share of t = 1: at the border the sum of the taps inside the image only, [1, out, H, W].
     share = F.conv2d(y.new_ones(1, 1, *y.shape[2:]), w_time, padding=1)
     # In place: nothing else reads the convolution's output, and its backward pass does not need it.
-    return F.conv2d(y, w_state, conv.bias, padding=1).add_(t * share)
+    return F.conv2d(y, w_state, bias, padding=1).add_(t * share)
 
 
 def _check_time(where: str, t: Tensor, y: Tensor) -> None:

@@ -15,7 +15,7 @@ import math
 import operator
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +39,7 @@ from anode_fast.problem import (
     rms_norm,
     step_grid,
 )
-from anode_fast.spec import ACTIVATIONS, MLPSpec
+from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec
 from anode_fast.stats import DeviceStats, SolveStats, Status
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 
@@ -51,17 +51,24 @@ _CALLBACKS = frozenset(
 )
 
 
-class MLP(Protocol):
-    """What this module needs of an MLPField."""
+Spec = MLPSpec | ConvSpec
+
+
+class Field(Protocol):
+    """What this module needs of an MLPField or a ConvField."""
 
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every layer, first to last."""
+        ...
+
+    def spec(self) -> Spec:
+        """The field as plain data."""
 
 
 # --- what the kernels can run ---------------------------------------------------------------------
 
 
-def why_not(backend: str, problem: Problem, spec: MLPSpec | None, parameters: Sequence[Any]) -> str:
+def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Sequence[Any]) -> str:
     """Why a backend's kernels cannot run this problem; "" if they can.
 
     Args:
@@ -75,17 +82,22 @@ def why_not(backend: str, problem: Problem, spec: MLPSpec | None, parameters: Se
     if absent:
         return str(absent)
     if spec is None:
-        return f"the field is {_described(func)}, and the kernels know MLPField only"
+        return f"the field is {_described(func)}, and the kernels know MLPField and ConvField only"
     if problem.family not in (FIXED, ADAPTIVE):
         return f"{problem.method} is no explicit Runge-Kutta method"
     if problem.event_fn is not None:
         return "it searches for an event"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype} on {y0.device}, want float32 or float64"
-    if y0.dim() != 2 or problem.layout is not None:
-        return "the state is not one tensor [batch, dim]"
-    if y0.shape[1] != spec.dim:
-        return f"the state has {y0.shape[1]} columns, and the field {spec.dim}"
+    is_conv = isinstance(spec, ConvSpec)
+    if y0.dim() != (4 if is_conv else 2) or problem.layout is not None:
+        wanted = "[batch, channels, height, width]" if is_conv else "[batch, dim]"
+        return f"the state is not one tensor {wanted}"
+    if y0.shape[1] != _width(spec):
+        name = "channels" if is_conv else "columns"
+        return f"the state has {y0.shape[1]} {name}, and the field {_width(spec)}"
+    if is_conv and 0 in y0.shape[2:]:
+        return "the images have no pixels"
     if len(problem.times) == 1:
         return "there is nothing to solve"
     if not all(type(x) in _PLAIN for x in (y0, *parameters)):
@@ -112,13 +124,15 @@ def why_not(backend: str, problem: Problem, spec: MLPSpec | None, parameters: Se
     return _why_not_field(backend, spec, y0) or _why_not_now(y0.device.type)
 
 
-def _why_not_field(backend: str, spec: MLPSpec, y0: Tensor) -> str:
+def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
     """The same of what one backend does not have."""
     if backend == "triton":
-        kernels: Any = gpu.load()
+        kernels: Any = gpu.load(isinstance(spec, ConvSpec))
         return str(gpu.why_not_on(y0.device) or kernels.why_not(_field(spec), y0.dtype))
     if y0.device.type != "cpu":
         return f"the state is on {y0.device}, want the CPU"
+    if isinstance(spec, ConvSpec):
+        return "the C++ solver knows MLPField only"
     if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return ""
@@ -161,9 +175,18 @@ def _why_not_now(device_type: str) -> str:
     return ""
 
 
+def _width(spec: Spec) -> int:
+    """Columns, or channels, of the state."""
+    return spec.channels if isinstance(spec, ConvSpec) else spec.dim
+
+
 @functools.lru_cache(maxsize=256)
-def _shapes(spec: MLPSpec) -> tuple[tuple[int, ...], ...]:
+def _shapes(spec: Spec) -> tuple[tuple[int, ...], ...]:
     """Of weight and bias of every layer."""
+    if isinstance(spec, ConvSpec):
+        C, K, T = spec.channels, spec.num_filters, int(spec.time_dependent)
+        layers = (K, T + C, 1, 1), (K, T + K, 3, 3), (C, T + K, 1, 1)
+        return tuple(shape for weight in layers for shape in (weight, weight[:1]))
     widths = (spec.dim + spec.time_dependent, *spec.hidden, spec.dim)
     return tuple(shape for n, m in itertools.pairwise(widths) for shape in ((m, n), (m,)))
 
@@ -223,7 +246,7 @@ class Native:
 def prepare(
     backend: str,
     problem: Problem,
-    spec: MLPSpec,
+    spec: Spec,
     data_dim: int,
     keep_steps: bool = True,
     by_row: bool = False,
@@ -235,7 +258,7 @@ def prepare(
         backend: "cpu" or "triton".
         problem: The problem.
         spec: Of its field.
-        data_dim: Columns of the input; the other columns of the state start at zero.
+        data_dim: Columns (or channels) of the input; the others of the state start at zero.
         keep_steps, by_row: As in `Plan`.
         backward: How to solve the adjoint ODE for the continuous gradient; None: the discrete one.
     """
@@ -247,7 +270,7 @@ def prepare(
         for name in ("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step")
         if name in options
     }
-    solve = _maker(backend)(
+    solve = _maker(backend, spec)(
         _field(spec),
         _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau),
         problem.y0.dtype,
@@ -269,14 +292,14 @@ def prepare(
         options.get("step_size"),
         by_row,
         problem.backwards,
-        spec.dim - data_dim,
+        _width(spec) - data_dim,
     )
     if backward is None:
         return native
     own = {name: value for name, value in backward.options.items() if name != "norm"}
     adjoint_problem = make_problem(
         problem.original,
-        torch.zeros(1, spec.dim, dtype=problem.y0.dtype),
+        torch.zeros(1, *problem.y0.shape[1:], dtype=problem.y0.dtype),
         problem.t.detach(),  # of which only the direction counts
         rtol=backward.rtol,
         atol=backward.atol,
@@ -289,28 +312,31 @@ def prepare(
     return dataclasses.replace(native, adjoint=adjoint, seminorm=seminorm)
 
 
-def described(problem: Problem, spec: MLPSpec, by_row: bool) -> str:
+def described(problem: Problem, spec: Spec, by_row: bool) -> str:
     """How the Triton kernels would solve a problem that they can solve."""
-    solve = prepare("triton", problem, spec, spec.dim, by_row=by_row).solve
-    return str(solve.describe(problem.y0.shape[0], problem.y0.device))
+    solve = prepare("triton", problem, spec, _width(spec), by_row=by_row).solve
+    return str(solve.describe(problem.y0.shape, problem.y0.device))
 
 
-def _maker(backend: str) -> Callable[..., Any]:
+def _maker(backend: str, spec: Spec) -> Callable[..., Any]:
     """What makes a backend's solves."""
     if backend == "cpu":
         loaded = library.load()
         if loaded is None:
             raise RuntimeError(library.missing())
         return functools.partial(cpu.Solve, loaded)
-    kernels: Any = gpu.load()
+    kernels: Any = gpu.load(isinstance(spec, ConvSpec))
     if kernels is None:
         raise RuntimeError(gpu.missing())
     make: Callable[..., Any] = kernels.Solve
     return make
 
 
-def _field(spec: MLPSpec) -> interface.Field:
+def _field(spec: Spec) -> interface.Field | interface.ConvField:
     number = ACTIVATIONS.index(spec.activation)
+    if isinstance(spec, ConvSpec):
+        shape = spec.channels, spec.num_filters
+        return interface.ConvField(*shape, number, spec.time_dependent)
     return interface.Field(spec.dim, spec.hidden, number, spec.time_dependent)
 
 
@@ -352,6 +378,12 @@ def _fixed_method(tableau: ButcherTableau, interp: str) -> interface.Method:
 
 # --- remembered calls -----------------------------------------------------------------------------
 
+_SIZES = (
+    *("dim", "hidden_dim", "num_hidden", "channels", "num_filters"),
+    *("activation", "time_dependent"),
+)
+"""Attributes of a field that make its spec."""
+
 _remembered: dict[tuple[Any, ...], Native] = {}
 _MOST_REMEMBERED = 1024
 
@@ -370,7 +402,7 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     """Whether a call like this one was remembered; None for a call that cannot be.
 
     Args:
-        field: An MLPField, not of a subclass.
+        field: An MLPField or a ConvField, not of a subclass.
         x: The state, or its data columns.
         t: Times.
         key: What else tells calls apart.
@@ -378,7 +410,7 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     if type(x) is not Tensor or type(t) is not Tensor or t.requires_grad or t.dim() != 1:
         return None
     members = field.__dict__
-    if x.dim() != 2 or not _CALLBACKS.isdisjoint(members):
+    if x.dim() not in (2, 4) or not _CALLBACKS.isdisjoint(members):
         return None
     if _has_hooks(field) or _why_not_now(x.device.type):
         return None
@@ -396,9 +428,8 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
             return None
     settings = (
         *key,
-        *(members["dim"], members["hidden_dim"], members["num_hidden"]),
-        *(members["activation"], members["time_dependent"]),
-        *(dtype, device, x.shape[1], t.dtype, backwards),
+        *[members.get(name) for name in _SIZES],
+        *(dtype, device, x.shape[1], x.dim(), t.dtype, backwards),
         *[tensor.shape for tensor in tensors],
     )
     return Memo(settings, _remembered.get(settings), times, tensors)
@@ -425,7 +456,7 @@ class Call:
 
     Attributes:
         native: What runs it.
-        mlp: The field. Its evaluations are counted in `nfe`.
+        field: The field. Its evaluations are counted in `nfe`.
         times: Output times, increasing solver time.
         grid: Grid of fixed steps; if empty it is made from the times.
         problem: Makes the problem in normal form from x, for errors; for second derivatives from
@@ -436,11 +467,11 @@ class Call:
     """
 
     native: Native
-    mlp: MLP
+    field: Field
     times: list[float]
     grid: Sequence[float]
     problem: Callable[..., Problem]
-    stats: SolveStats = field(default_factory=SolveStats)
+    stats: SolveStats = dataclasses.field(default_factory=SolveStats)
     checkpoints: Any = None
     later: Any = None
 
@@ -457,15 +488,15 @@ class Call:
                 self.grid = _grid(tuple(self.times), dtype, native.step_size)
 
     def solve(self, x: Tensor, parameters: Sequence[Tensor], keep: bool) -> Tensor:
-        """The solution, [times, rows, dim]; sets `checkpoints` if `keep`."""
+        """The solution, [times, *state]; sets `checkpoints` if `keep`."""
         solution: Tensor
-        if x.stride(1) != 1 or x.is_neg():
+        if x.stride(1) != 1 or x.dim() > 2 or x.is_neg():
             x = _dense(x)
         parameters = [_dense(p) for p in parameters]
         solution, result, checkpoints = self.native.solve.forward(
             x, parameters, self.times, self.grid, keep
         )
-        self.mlp.__dict__["nfe"] += result.nfe
+        self.field.__dict__["nfe"] += result.nfe
         stats = self.stats
         if result.later:  # in a CUDA graph, which may run any number of times
             stats = self.stats = DeviceStats(later=functools.partial(_counts, result.later))
@@ -515,7 +546,7 @@ class Call:
         self.stats.launches += result.launches
         if result.later and isinstance(self.stats, DeviceStats):
             self.stats.later = functools.partial(_counts, self.later, result.later)
-        self.mlp.__dict__["nfe"] += result.nfe
+        self.field.__dict__["nfe"] += result.nfe
         if result.status:
             raise _adjoint_failure(self.problem(x), result)
         found = [g if need else None for g, need in zip(grads, wanted, strict=False)]
@@ -628,14 +659,14 @@ def _differentiable_gradient(
     call: Call, grad: Tensor, x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradient by autograd through the reference solver: it can be differentiated again."""
-    before = call.mlp.__dict__["nfe"]
+    before = call.field.__dict__["nfe"]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: an input may be made of another one, or be the same tensor twice.
         x, *parameters = (p.view_as(p) for p in (x, *parameters))
         problem = call.problem(x, parameters, call.user_times())
         solution = reference.solve(problem, SolveStats(), by_row=call.native.by_row)
-        call.stats.nfe_backward = call.mlp.__dict__["nfe"] - before
+        call.stats.nfe_backward = call.field.__dict__["nfe"] - before
         wanted = [p for p, need in zip((x, *parameters), needs, strict=True) if need]
         grads = iter(
             torch.autograd.grad(
@@ -646,11 +677,11 @@ def _differentiable_gradient(
 
 
 def run(call: Call, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Solves; if a gradient is wanted, with a graph. [times, rows, dim].
+    """Solves; if a gradient is wanted, with a graph. [times, *state].
 
     Args:
         call: The call.
-        x: Data columns of the initial state, [rows, data_dim].
+        x: Data columns (or channels) of the initial state.
         parameters: The field's tensors.
         dtype: Of the user's t: the grid is made in it.
 

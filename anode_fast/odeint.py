@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from anode_fast import adjoint, fused, reference
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument, InvalidType
-from anode_fast.fields import MLPField
-from anode_fast.plan import Plan, choose, describe
+from anode_fast.fields import ConvField, MLPField
+from anode_fast.plan import FIELDS, Plan, choose, describe
 from anode_fast.problem import (
     ADAPTIVE,
     FAMILIES,
@@ -290,36 +290,40 @@ def solve(
 
     The zeros go along dim 1. The kernels append them on their own.
     """
-    mlp = func if isinstance(func, MLPField) and type(func) is MLPField else None
+    known = func if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS else None
     if torch.compiler.is_compiling():
-        if mlp is not None and isinstance(x, Tensor) and _can_compile(mlp, x, t, settings, columns):
-            return _compiled(mlp, x, t, settings, columns)
+        if (
+            isinstance(known, MLPField)
+            and isinstance(x, Tensor)
+            and _can_compile(known, x, t, settings, columns)
+        ):
+            return _compiled(known, x, t, settings, columns)
         outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
         return outside
-    key = settings.key() if mlp is not None and isinstance(x, Tensor) else None
+    key = settings.key() if known is not None and isinstance(x, Tensor) else None
     memo = None
-    if mlp is not None and isinstance(x, Tensor) and key:
-        memo = fused.look_up(mlp, x, t, (columns, *key))
+    if known is not None and isinstance(x, Tensor) and key:
+        memo = fused.look_up(known, x, t, (columns, *key))
 
     def problem_from(
         x: Tensor, tensors: Sequence[Tensor] | None = None, times: Sequence[float] = ()
     ) -> Problem:
-        if tensors is None or mlp is None:
+        if tensors is None or known is None:
             return settings.problem(func, pad(x, columns), t)
         then = torch.tensor(times, dtype=t.dtype)
-        return settings.problem(functools.partial(mlp.evaluate, tensors), pad(x, columns), then)
+        return settings.problem(functools.partial(known.evaluate, tensors), pad(x, columns), then)
 
-    if memo and memo.native and mlp is not None and isinstance(x, Tensor):
-        call = fused.Call(memo.native, mlp, memo.times, (), problem_from)
+    if memo and memo.native and known is not None and isinstance(x, Tensor):
+        call = fused.Call(memo.native, known, memo.times, (), problem_from)
         return fused.run(call, x, memo.tensors, t.dtype), call.stats
     problem = settings.problem(func, pad(x, columns), t, warn=True)
     backward = settings.backward(problem)
     plan = settings.plan(problem, backward)
-    if plan.backend != "reference" and mlp is not None and isinstance(x, Tensor):
+    if plan.backend != "reference" and known is not None and isinstance(x, Tensor):
         native = fused.prepare(
             plan.backend,
             problem,
-            mlp.spec(),
+            known.spec(),
             x.shape[1],
             keep_steps=plan.keep_steps,
             by_row=plan.by_row,
@@ -328,8 +332,8 @@ def solve(
         if memo and _says_nothing(problem, settings.options):
             fused.remember(memo, native)
         grid = [point for point, _ in problem.grid()] if native.fixed else []
-        call = fused.Call(native, mlp, problem.times, grid, problem_from)
-        return fused.run(call, x, mlp.tensors(), t.dtype), call.stats
+        call = fused.Call(native, known, problem.times, grid, problem_from)
+        return fused.run(call, x, known.tensors(), t.dtype), call.stats
     params = settings.adjoint.params if settings.adjoint else None
     return _run(problem, plan, params, backward)
 

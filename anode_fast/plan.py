@@ -16,7 +16,7 @@ from torch import Tensor
 from anode_fast import fused
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
-from anode_fast.fields import MLPField
+from anode_fast.fields import ConvField, MLPField
 from anode_fast.kernels import gpu
 from anode_fast.kernels.cpu import library
 from anode_fast.problem import ADAMS, ADAPTIVE, SCIPY, Problem
@@ -24,6 +24,9 @@ from anode_fast.problem import ADAMS, ADAPTIVE, SCIPY, Problem
 BACKENDS = ("auto", "reference", "cpu", "triton")
 GRADIENTS = ("auto", "autograd", "discrete", "continuous")
 STEP_CONTROLS = ("batch", "sample")
+
+FIELDS = (MLPField, ConvField)
+"""What the kernels know. Of a subclass they do not know what it does."""
 
 _NO_GPU = "the state is not on a GPU"
 
@@ -121,9 +124,10 @@ def _choose_backend(
     if backend == "reference":
         return "reference", ("backend: asked for",)
     field = problem.original
-    known = type(field) is MLPField
-    tensors = field.tensors() if isinstance(field, MLPField) and known else []
-    spec = field.spec() if isinstance(field, MLPField) and known else None
+    tensors: Sequence[Tensor] = ()
+    spec = None
+    if isinstance(field, (MLPField, ConvField)) and type(field) in FIELDS:
+        tensors, spec = field.tensors(), field.spec()
     reasons: dict[str, str] = {}
     for name in ("cpu", "triton"):
         if name == "triton" and backend == "auto" and not problem.y0.is_cuda:

@@ -22,11 +22,16 @@ ORDER = """
     anode_fast.kernels.gpu
     anode_fast.kernels.gpu.aot
     anode_fast.kernels.gpu.solve
+    anode_fast.kernels.gpu.by_stage
     anode_fast.kernels.gpu.launch
+    anode_fast.kernels.gpu.host
+    anode_fast.kernels.gpu.unwind
+    anode_fast.kernels.gpu.combine
     anode_fast.kernels.gpu.continuous
     anode_fast.kernels.gpu.adjoint
     anode_fast.kernels.gpu.runge_kutta
     anode_fast.kernels.gpu.controller
+    anode_fast.kernels.gpu.conv
     anode_fast.kernels.gpu.mlp
     anode_fast.kernels.gpu.activations
     anode_fast.kernels.cpu

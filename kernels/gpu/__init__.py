@@ -23,11 +23,11 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @functools.cache
-def load() -> ModuleType | None:
-    """The module `solve`; None if there is no Triton."""
+def load(by_stage: bool = False) -> ModuleType | None:
+    """The module `solve`, or `by_stage`; None if there is no Triton."""
     if not _is_installed():
         return None
-    return importlib.import_module("anode_fast.kernels.gpu.solve")
+    return importlib.import_module(f"{__name__}.{'by_stage' if by_stage else 'solve'}")
 
 
 def missing() -> str:

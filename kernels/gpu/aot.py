@@ -49,7 +49,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from anode_fast.kernels.gpu import adjoint, continuous, controller, launch, runge_kutta, solve
+from anode_fast.kernels.gpu import adjoint, continuous, controller, host, launch, runge_kutta, solve
 from anode_fast.kernels.gpu.launch import ARCHITECTURES, ONE_STEP_SIZE, WIDTHS, Launch, architecture
 from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, Field, Method
 
@@ -214,7 +214,7 @@ def _assumed(case: Case) -> Iterator[list[Noted]]:
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_float32_matmul_precision, before)
         torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-        stack.enter_context(mock.patch.object(solve, "_capability", lambda device: case.arch))
+        stack.enter_context(mock.patch.object(host, "capability", lambda device: case.arch))
         if case.launch:
             stack.callback(launch.configuration.cache_clear)
             launch.configuration.cache_clear()

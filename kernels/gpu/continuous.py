@@ -423,7 +423,17 @@ def _after_attempt(
     accepted = tl.load(control + ACCEPTED)
     tl.debug_barrier()  # which writes it
     controller.after_attempt(
-        control, settings, u, dt, u1, ratio, num_times - output, S - 1, end, capacity
+        control,
+        settings,
+        u,
+        dt,
+        u1,
+        ratio,
+        num_times - output,
+        S - 1,
+        end,
+        capacity,
+        controller.MOST_NON_FINITE,
     )
     tl.debug_barrier()
     accepted_now = tl.load(control + ACCEPTED)

@@ -183,7 +183,9 @@ def after_guess(control, settings, t, guess, difference, end, capacity):
 
 
 @triton.jit
-def after_attempt(control, settings, t, dt, t1, ratio, output, nfe, end, capacity):
+def after_attempt(
+    control, settings, t, dt, t1, ratio, output, nfe, end, capacity, patience
+):  # fmt: skip
     """After an attempt from t to t1: whether it stands, and the next one's size.
 
     Args:
@@ -194,6 +196,7 @@ def after_attempt(control, settings, t, dt, t1, ratio, output, nfe, end, capacit
         nfe: Evaluations it took.
         end: Last output time.
         capacity: Steps for which there are checkpoints.
+        patience: Attempts that gave nan or inf, none of them passed, after which it gives up.
     """
     tl.store(control + NFE, tl.load(control + NFE) + nfe)
     tl.store(control + RATIO, ratio)
@@ -211,7 +214,7 @@ def after_attempt(control, settings, t, dt, t1, ratio, output, nfe, end, capacit
             count = tl.load(control + NON_FINITE_COUNT) + 1
             tl.store(control + NON_FINITE_COUNT, count)
             tl.store(control + NON_FINITE_AT, t1)
-            given_up = (dt <= tl.load(settings + MIN_STEP)) | (count >= MOST_NON_FINITE)
+            given_up = (dt <= tl.load(settings + MIN_STEP)) | (count >= patience)
     tl.debug_barrier()  # go_on reads the counts
     if given_up:
         tl.store(control + STATUS, NON_FINITE)

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from anode_fast.kernels.gpu import activations
+from anode_fast.kernels.gpu.conv import Conv
 from anode_fast.kernels.gpu.mlp import MLP
-from anode_fast.kernels.interface import Field
+from anode_fast.kernels.interface import ConvField, Field
 
 MOST_DIM, MOST_HIDDEN, MOST_LAYERS = 64, 128, 4
 LOWEST_CAPABILITY = 80
@@ -149,7 +151,25 @@ TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]
 rows. Where a key goes on with an architecture, that entry goes before the general one."""
 
 
-def why_not(field: Field, dtype: torch.dtype, capability: int = LOWEST_CAPABILITY) -> str:
+MOST_CHANNELS, MOST_FILTERS = 64, 128
+
+CONV_TABLE = {
+    (64, 0): (32, 4),
+    (64, 1): (128, 8),
+    (64, 2): (128, 8),
+    (128, 0): (32, 8),
+    (128, 1): (128, 8),
+    (128, 2): (64, 8),
+}
+"""Pixels of a tile and warps of a program, by padded filters (up to that many) and 16-bit parts."""
+
+CONV_WEIGHT_WARPS = {64: 8, 128: 16}
+"""Warps of a program that sums up gradients of a 3x3 convolution: three matrices of that width."""
+
+
+def why_not(
+    field: Field | ConvField, dtype: torch.dtype, capability: int = LOWEST_CAPABILITY
+) -> str:
     """Why the kernels cannot run a field; "" if they can.
 
     Args:
@@ -157,9 +177,11 @@ def why_not(field: Field, dtype: torch.dtype, capability: int = LOWEST_CAPABILIT
         dtype: Of the state.
         capability: Of the GPU, 90 for 9.0.
     """
-    layers = len(field.hidden)
     if dtype not in (torch.float32, torch.float64):
         return f"the state is {dtype}, the GPU kernels take float32 and float64"
+    if isinstance(field, ConvField):
+        return _why_not_conv(field) or _why_not_capability(capability)
+    layers = len(field.hidden)
     if not 1 <= layers <= MOST_LAYERS:
         return f"the field has {layers} hidden layers, the GPU kernels take 1 to {MOST_LAYERS}"
     if len(set(field.hidden)) > 1:
@@ -172,6 +194,20 @@ def why_not(field: Field, dtype: torch.dtype, capability: int = LOWEST_CAPABILIT
         )
     if field.dim > MOST_DIM:
         return f"the state has width {field.dim}, the GPU kernels take {MOST_DIM} at most"
+    return _why_not_capability(capability)
+
+
+def _why_not_conv(field: ConvField) -> str:
+    if field.filters > MOST_FILTERS:
+        return f"the field has {field.filters} filters, the GPU kernels take {MOST_FILTERS} at most"
+    if field.channels > MOST_CHANNELS:
+        return (
+            f"the state has {field.channels} channels, the GPU kernels take {MOST_CHANNELS} at most"
+        )
+    return ""
+
+
+def _why_not_capability(capability: int) -> str:
     if capability < LOWEST_CAPABILITY:
         return (
             f"the GPU has compute capability {capability / 10}, "
@@ -241,3 +277,56 @@ def _chosen(
     if rows >= MANY_ROWS or capability == 0:
         return entry[-1] if entry[-1] in fitting else fitting[-1]
     return smallest  # programs on as many multiprocessors as there are tiles
+
+
+class ConvLaunch(NamedTuple):
+    """How the kernels of a convolutional field are launched.
+
+    Attributes:
+        pixels: Of a tile.
+        warps: Of a program.
+        weight_warps: Of a program of `vjp_weights`.
+    """
+
+    pixels: int
+    warps: int
+    weight_warps: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told at a launch, beside the kernel's arguments.
+
+        One stage: with more, loads bypass the L1 cache, where nine taps find most of what they
+        need.
+        """
+        return {"num_warps": self.warps, "num_stages": 1}
+
+
+@functools.lru_cache(maxsize=1024)
+def conv_configuration(
+    field: ConvField, height: int, width: int, precision: str, capability: int
+) -> tuple[Conv, ConvLaunch]:
+    """The field as kernels are compiled for it, and the launch.
+
+    Args:
+        field: The field.
+        height, width: Of the images.
+        precision: Of matrix products, as `precision` has it.
+        capability: Of the device; 0 for the interpreter.
+    """
+    D, N = max(8, 1 << (field.channels + 1).bit_length()), padded(field.filters)
+    parts = {"ieee": 0, "tf32": 1, "tf32x3": 2}[precision]
+    width_class = 64 if N <= 64 else 128
+    pixels, warps = CONV_TABLE[width_class, parts] if capability else (64, 4)
+    # The first hidden layer is made nine times where that costs no more than to get it nine times.
+    through_memory = field.activation not in (
+        activations.RELU.value,
+        activations.IDENTITY.value,
+    )
+    return (
+        Conv(
+            *(field.channels, field.filters, field.activation, int(field.time_dependent)),
+            *(height, width, precision, parts, through_memory, D, N),
+        ),
+        ConvLaunch(pixels, warps, CONV_WEIGHT_WARPS[width_class]),
+    )

@@ -37,6 +37,7 @@ from anode_fast.kernels.gpu.controller import (
     GUESS,
     MAX_NUM_STEPS,
     MAX_STEPS,
+    MOST_NON_FINITE,
     NON_FINITE,
     NON_FINITE_INPUT,
     OUTPUT,
@@ -345,19 +346,19 @@ def adaptive(
         if not LOOP:
             arrived = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
         if arrived == programs - 1:
-            norm0 = tl.sqrt(_sum_of(sums, programs) / count)
-            norm1 = tl.sqrt(_sum_of(sums + 1, programs) / count)
+            norm0 = tl.sqrt(sum_of(sums, programs) / count)
+            norm1 = tl.sqrt(sum_of(sums + 1, programs) / count)
             if phase == STEP:
                 if KEEP:
                     tl.store(steps + 2 * accepted, t)
                     tl.store(steps + 2 * accepted + 1, t1)
                 controller.after_attempt(
-                    control, settings, t, dt, t1, norm0, output, S - 1, end, limit
+                    control, settings, t, dt, t1, norm0, output, S - 1, end, limit, MOST_NON_FINITE
                 )
             elif phase == GUESS:
                 controller.after_guess(control, settings, t, dt, norm0, end, limit)
             else:
-                is_finite = _sum_of(sums + 2, programs) == 0
+                is_finite = sum_of(sums + 2, programs) == 0
                 controller.after_start(control, settings, t, norm0, norm1, is_finite, end, limit)
             if not LOOP:
                 tl.store(arrivals, 0)
@@ -368,7 +369,7 @@ def adaptive(
 
 
 @triton.jit
-def _sum_of(sums, programs):
+def sum_of(sums, programs):
     """Sum over the programs, always in the same order."""
     i = tl.arange(0, WAVE)
     wave = tl.zeros([WAVE], tl.float64)

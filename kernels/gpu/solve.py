@@ -1,26 +1,24 @@
 """A solve on a GPU with everything fixed but the tensors: buffers, launches, and what they left.
 
 Nothing waits for the device but the look at how an adaptive solve ended, once at its end, and, if
-it takes many launches, once every `CHUNK` of them. While a CUDA graph is captured nothing waits at
-all; the outcome then is in memory on the device, and a solve that failed returns nan. Fixed steps
-never wait.
+it takes many launches, once every `host.CHUNK` of them. While a CUDA graph is captured nothing
+waits at all; the outcome then is in memory on the device, and a solve that failed returns nan.
+Fixed steps never wait.
 """
 
 from __future__ import annotations
 
 import bisect
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-from anode_fast.kernels.gpu import adjoint, continuous, controller, launch, mlp, runge_kutta
+from anode_fast.kernels.gpu import adjoint, continuous, controller, host, launch, mlp, runge_kutta
 from anode_fast.kernels.gpu.launch import Launch
 from anode_fast.kernels.gpu.launch import why_not as why_not
 from anode_fast.kernels.interface import (
@@ -34,42 +32,8 @@ from anode_fast.kernels.interface import (
     Method,
 )
 
-FIRST_CHUNK, CHUNK = 8, 16
-"""Launches that are queued before the host looks whether the solve has ended; at first, later."""
-
-CHECKPOINT_BYTES = 32 << 20
-"""Of the checkpoints that a solve begins with; it gets more when they are full."""
-
 STEPS_AT_ONCE = 16
 """Steps of a tile whose weight gradients are made at the same time, after the adjoint ODE."""
-
-MOST_CAPTURED = 256
-"""Attempts that a captured solve by several programs may take: all are launched, needed or not."""
-
-MOST_CAPTURED_BYTES = 1 << 30
-"""Of the checkpoints of a captured solve, which have to hold all steps that it may take."""
-
-
-@dataclass
-class Result:
-    """Counts and outcome of a call; the names are those of kernels/cpu/problem.hpp."""
-
-    status: int = SUCCESS
-    nfe: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    t: float = 0.0
-    dt: float = 0.0
-    row: int = 0
-    rows: int = 0
-    output: int = 0
-    launches: int = 0
-    nfe_again: int = 0
-    """Evaluations that it takes the discrete gradient to make all stages again."""
-    last: tuple[Tensor, Tensor] | None = None
-    """Of a failure with one step size: the last state and its derivative."""
-    later: Callable[[], Result] | None = None
-    """Of a captured solve, whose other counts are 0: waits for the device and finds them there."""
 
 
 @dataclass
@@ -84,10 +48,10 @@ class Checkpoints:
     rows: int
     num_steps: int
     tile: int
-    result: Result
+    result: host.Result
 
 
-class Solve:
+class Solve(host.Solver):
     """A solve with everything fixed but the tensors and times.
 
     Args:
@@ -100,23 +64,9 @@ class Solve:
     """
 
     def __init__(self, field: Field, method: Method, dtype: torch.dtype, **options: float) -> None:
+        super().__init__(method, dtype, **options)
         self.field = field
-        self.method = method
-        self.dtype = dtype
         self.dim = field.dim
-        self.control = int(options["control"])
-        self.data_dim = int(options["data_dim"])
-        self.stages = len(method.c)
-        self._tableau = _tableau(method)
-        self._settings = [
-            *(options["rtol"], options["atol"], options.get("first_step", 0.0)),
-            *(options["safety"], options["ifactor"], options["dfactor"]),
-            *(options.get("min_step", 0.0), options["max_step"], float(options["max_num_steps"])),
-            *(1 / method.order, float(options["float_time"])),
-            -1.0 if options["backwards"] else 1.0,
-        ]
-        self._max_num_steps = int(min(options["max_num_steps"], 2**31 - 1))
-        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     # --- forward
 
@@ -127,7 +77,7 @@ class Solve:
         times: Sequence[float],
         grid: Sequence[float] = (),
         keep: bool = False,
-    ) -> tuple[Tensor, Result, Checkpoints | None]:
+    ) -> tuple[Tensor, host.Result, Checkpoints | None]:
         """Solves.
 
         Args:
@@ -142,9 +92,9 @@ class Solve:
             asked for or if the solve failed.
         """
         arguments = (x, tuple(parameters), tuple(times), tuple(grid), keep)
-        solve: Callable[..., tuple[Tensor, Result, Checkpoints]]
+        solve: Callable[..., tuple[Tensor, host.Result, Checkpoints]]
         solve = {FIXED: self._fixed, BATCH: self._batch, SAMPLE: self._sample}[self.control]
-        with _on(x.device):
+        with host.on(x.device):
             out, result, checkpoints = solve(*arguments)
         return out, result, checkpoints if keep and result.status == SUCCESS else None
 
@@ -153,18 +103,9 @@ class Solve:
     ) -> tuple[mlp.MLP, Launch]:
         found: tuple[mlp.MLP, Launch] = launch.configuration(
             *(kernel, rows, self.field, launch.precision(self.dtype)),
-            *(self.dtype == torch.float64, _capability(device)),
+            *(self.dtype == torch.float64, host.capability(device)),
         )
         return found
-
-    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tableau and settings on the device."""
-        if device not in self._on:
-            self._on[device] = (
-                torch.tensor(self._tableau, dtype=torch.float64, device=device),
-                torch.tensor(self._settings, dtype=torch.float64, device=device),
-            )
-        return self._on[device]
 
     def _arguments(self, kernel: str, x: Tensor, rows: int) -> tuple[dict[str, Any], int]:
         """What the forward kernels have in common, and the number of programs."""
@@ -177,7 +118,7 @@ class Solve:
             x=x,
             tableau=tableau,
             settings=settings,
-            scratch=_empty(x, (programs, size)),
+            scratch=host.empty(x, (programs, size)),
             x_stride=x.stride(0),
             rows=rows,
             **dict(EVALUATE=mlp.evaluate, F=F, DIM=self.dim, DATA=self.data_dim, S=S, B=B, D=F.D),
@@ -192,15 +133,15 @@ class Solve:
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
-    ) -> tuple[Tensor, Result, Checkpoints]:
+    ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows, num_steps = x.shape[0], len(grid) - 1
         arguments, programs = self._arguments("fixed", x, rows)
-        plan = _plan(times, grid, self.stages, self.method.last_on_demand)
-        times_on, ends_on = (_doubles(values, x.device) for values in (times, grid))
-        plan_on = _integers(plan, x.device)
-        out = _empty(x, (len(times), rows, self.dim))
-        states = _empty(x, (num_steps if keep else 0, 2, rows, self.dim))
-        control = _zeros(x, (programs, CONTROL))
+        plan = host.plan_of(times, grid, self.stages, self.method.last_on_demand)
+        times_on, ends_on = (host.doubles(values, x.device) for values in (times, grid))
+        plan_on = host.integers(plan, x.device)
+        out = host.empty(x, (len(times), rows, self.dim))
+        states = host.empty(x, (num_steps if keep else 0, 2, rows, self.dim))
+        control = host.zeros(x, (programs, host.CONTROL))
         runge_kutta.fixed[(programs,)](
             weights=parameters,
             times=times_on,
@@ -215,8 +156,8 @@ class Solve:
             **arguments,
         )
         evaluations = sum(last - first for _, _, first, last in plan)
-        result = Result(nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=1)
-        if not _never_waits(x.device):
+        result = host.Result(nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=1)
+        if not host.never_waits(x.device):
             bad = int(control[:, controller.OUTPUT.value].amin())
             if bad < len(times):
                 result.status = NON_FINITE_INPUT if bad < 0 else NON_FINITE
@@ -233,23 +174,22 @@ class Solve:
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
-    ) -> tuple[Tensor, Result, Checkpoints]:
+    ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows = x.shape[0]
         arguments, programs = self._arguments("adaptive", x, rows)
-        is_captured = _is_captured(x.device)
-        times_on = _doubles(times, x.device)
-        out = _empty(x, (len(times), rows, self.dim))
-        capacity = self._capacity(x, rows, is_captured) if keep else 0
-        states = _empty(x, (capacity + 1 if keep else 2, 2, rows, self.dim))
-        steps = _empty(x, (capacity, 2), torch.float64)
-        control = _zeros(x, (CONTROL,))
-        sums = _empty(x, (programs, runge_kutta.SUMS.value), torch.float64)
-        arrivals = _zeros(x, (1,), torch.int32)
+        is_captured = host.is_captured(x.device)
+        times_on = host.doubles(times, x.device)
+        out = host.empty(x, (len(times), rows, self.dim))
+        capacity = self._room(x, rows, is_captured) if keep else 0
+        states = host.empty(x, (capacity + 1 if keep else 2, 2, rows, self.dim))
+        steps = host.empty(x, (capacity, 2), torch.float64)
+        control = host.zeros(x, (host.CONTROL,))
+        sums = host.empty(x, (programs, runge_kutta.SUMS.value), torch.float64)
+        arrivals = host.zeros(x, (1,), torch.int32)
         launches = 0
 
-        def queue() -> _Queue:
-            return _Queue(
-                runge_kutta.adaptive,
+        def queue() -> host.Queue:
+            arguments_of = dict(
                 weights=parameters,
                 times=times_on,
                 out=out,
@@ -265,12 +205,14 @@ class Solve:
                 LOOP=programs == 1,
                 **arguments,
             )
+            chunks = None if programs == 1 else (host.FIRST_CHUNK, host.CHUNK)
+            return host.Queue([(runge_kutta.adaptive, (programs,), arguments_of)], x.device, chunks)
 
-        def outcome() -> Result:
+        def outcome() -> host.Result:
             state = control.tolist()
             accepted = int(state[controller.ACCEPTED.value])
-            return Result(
-                status=int(state[_STATUS]) - 1,
+            return host.Result(
+                status=int(state[host.STATUS]) - 1,
                 nfe=int(state[controller.NFE.value]),
                 accepted=accepted,
                 rejected=int(state[controller.REJECTED.value]),
@@ -283,20 +225,20 @@ class Solve:
         if is_captured:
             launches = 1 if programs == 1 else self._captured_attempts() + 2
             queue().launch(launches)
-            result = Result(launches=launches, later=outcome)
-            out.masked_fill_(control[_STATUS] != controller.SUCCESS.value, math.nan)
+            result = host.Result(launches=launches, later=outcome)
+            out.masked_fill_(control[host.STATUS] != controller.SUCCESS.value, math.nan)
         else:
             queued = queue()
             while True:
                 launches += queued.launch_chunk()
                 result = outcome()
-                if result.status == _FULL:
+                if result.status == host.FULL:
                     capacity = min(2 * capacity, self._max_num_steps)
-                    states = _grown(states, capacity + 1)
-                    steps = _grown(steps, capacity)
-                    control[_STATUS].zero_()
+                    states = host.grown(states, capacity + 1)
+                    steps = host.grown(steps, capacity)
+                    control[host.STATUS].zero_()
                     queued = queue()
-                elif result.status != _RUNNING:
+                elif result.status != host.RUNNING:
                     break
             if result.status != SUCCESS:
                 y, f = states[result.accepted if keep else result.accepted % 2]
@@ -313,17 +255,17 @@ class Solve:
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
-    ) -> tuple[Tensor, Result, Checkpoints]:
+    ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows = x.shape[0]
         arguments, programs = self._arguments("by_row", x, rows)
-        is_captured = _is_captured(x.device)
-        times_on = _doubles(times, x.device)
-        out = _empty(x, (len(times), rows, self.dim))
-        capacity = self._capacity(x, rows, is_captured) if keep else 0
-        states = _empty(x, (capacity + 1, 2, rows, self.dim))
-        steps = _empty(x, (capacity, 2, rows), torch.float64)
-        control = _zeros(x, (programs, CONTROL))
-        row_control = _zeros(x, (5, programs * arguments["B"]))
+        is_captured = host.is_captured(x.device)
+        times_on = host.doubles(times, x.device)
+        out = host.empty(x, (len(times), rows, self.dim))
+        capacity = self._room(x, rows, is_captured) if keep else 0
+        states = host.empty(x, (capacity + 1, 2, rows, self.dim))
+        steps = host.empty(x, (capacity, 2, rows), torch.float64)
+        control = host.zeros(x, (programs, host.CONTROL))
+        row_control = host.zeros(x, (5, programs * arguments["B"]))
         launches = 0
         while True:
             runge_kutta.adaptive_by_row[(programs,)](
@@ -340,40 +282,40 @@ class Solve:
                 **arguments,
             )
             launches += 1
-            if is_captured or not (control[:, _STATUS] == controller.FULL.value).any():
+            if is_captured or not (control[:, host.STATUS] == controller.FULL.value).any():
                 break
             capacity = min(2 * capacity, self._max_num_steps)
-            states = _grown(states, capacity + 1)
-            steps = _grown(steps, capacity)
+            states = host.grown(states, capacity + 1)
+            steps = host.grown(steps, capacity)
 
-        def outcome() -> Result:
+        def outcome() -> host.Result:
             result = self._merged(control.cpu(), row_control[3:, :rows])
             result.launches = launches
             return result
 
         if is_captured:
-            failed = (control[:, _STATUS] != controller.SUCCESS.value).any()
+            failed = (control[:, host.STATUS] != controller.SUCCESS.value).any()
             out.masked_fill_(failed, math.nan)
-        result = Result(launches=launches, later=outcome) if is_captured else outcome()
+        result = host.Result(launches=launches, later=outcome) if is_captured else outcome()
         kept = Checkpoints(
             states, steps, arguments["scratch"], control, times_on, rows, 0, arguments["B"], result
         )
         return out, result, kept
 
-    def _merged(self, state: Tensor, counts: Tensor) -> Result:
+    def _merged(self, state: Tensor, counts: Tensor) -> host.Result:
         """The tiles' outcomes as one.
 
         In the reference all rows are at the same attempt: the first failure ends the solve.
         """
         accepted, rejected = counts.amax(1).tolist() if counts.numel() else (0, 0)
-        result = Result(accepted=int(accepted), rejected=int(rejected))
+        result = host.Result(accepted=int(accepted), rejected=int(rejected))
         attempts = state[:, controller.NFE.value]
-        failed = state[:, _STATUS] != controller.SUCCESS.value
+        failed = state[:, host.STATUS] != controller.SUCCESS.value
         made = attempts.max()
         if failed.any():
             made = attempts[failed].min()
             first = state[failed & (attempts == made)]
-            result.status = int(first[0, _STATUS]) - 1
+            result.status = int(first[0, host.STATUS]) - 1
             result.row = int(first[0, controller.ROW.value])
             result.rows = int(first[:, controller.ROWS.value].sum())
             result.t, result.dt = first[0, [controller.T.value, controller.DT.value]].tolist()
@@ -384,28 +326,10 @@ class Solve:
         result.nfe_again = int(state[:, controller.ACCEPTED.value].max()) * (self.stages - 1) + 1
         return result
 
-    def _capacity(self, x: Tensor, rows: int, is_captured: bool) -> int:
-        """Steps for which there are checkpoints at first; if captured, once and for all."""
-        size = max(2 * rows * self.dim * x.element_size(), 1)
-        if not is_captured:
-            return int(min(max(CHECKPOINT_BYTES // size, 8), 128, self._max_num_steps))
-        if self._max_num_steps * size > MOST_CAPTURED_BYTES:
-            raise ValueError(
-                f"anode_fast: a captured solve keeps room for the checkpoints of all steps that it "
-                f"may take, here {self._max_num_steps} of {size} bytes. Set "
-                f"options['max_num_steps'] to {MOST_CAPTURED_BYTES // size} at most."
-            )
-        return self._max_num_steps
-
-    def _captured_attempts(self) -> int:
-        if self._max_num_steps > MOST_CAPTURED:
-            raise ValueError(
-                "anode_fast: a captured solve whose batch takes several programs makes all "
-                f"attempts that it may need, here {self._max_num_steps}. Set "
-                f"options['max_num_steps'] to {MOST_CAPTURED} at most, or use "
-                'step_control="sample".'
-            )
-        return self._max_num_steps
+    def _room(self, x: Tensor, rows: int, is_captured: bool) -> int:
+        """Steps for which there are checkpoints at first."""
+        size = 2 * rows * self.dim * x.element_size()
+        return int(self._capacity(size, is_captured))
 
     # --- gradients
 
@@ -416,7 +340,7 @@ class Solve:
         grad: Tensor,
         x: Tensor | None,
         wanted: bool,
-    ) -> tuple[Tensor | None, list[Tensor], Result]:
+    ) -> tuple[Tensor | None, list[Tensor], host.Result]:
         """The exact gradient of a solve.
 
         Args:
@@ -432,14 +356,14 @@ class Solve:
         rows, S = checkpoints.rows, self.stages
         F, config = self._configuration("gradient", grad.device, rows)
         B = min(config.rows, checkpoints.tile)
-        programs = min(max(1, triton.cdiv(rows, B)), _most_programs(grad.device))
+        programs = min(max(1, triton.cdiv(rows, B)), host.most_programs(grad.device))
         record = F.record_size(B)
         size = (2 * S + 1) * B * F.D + S * record + S
         tableau, settings = self._constants(grad.device)
-        x_grad = _empty(grad, (rows, self.data_dim))
+        x_grad = host.empty(grad, (rows, self.data_dim))
         count = F.weights if wanted else 0
-        sums = _zeros(grad, (programs, count), self.dtype)
-        with _on(grad.device):
+        sums = host.zeros(grad, (programs, count), self.dtype)
+        with host.on(grad.device):
             adjoint.discrete_gradient[(programs,)](
                 weights=tuple(parameters),
                 tableau=tableau,
@@ -452,7 +376,7 @@ class Solve:
                 grad=grad,
                 x_grad=x_grad,
                 sums=sums,
-                scratch=_empty(grad, (programs, size)),
+                scratch=host.empty(grad, (programs, size)),
                 rows=rows,
                 num_times=checkpoints.times.shape[0],
                 num_steps=checkpoints.num_steps,
@@ -466,11 +390,11 @@ class Solve:
             )
             grads = self._reduced(sums, parameters) if wanted else []
         forward, launches = checkpoints.result, 2 if wanted else 1
-        result = Result(nfe=forward.nfe_again, launches=launches)
+        result = host.Result(nfe=forward.nfe_again, launches=launches)
         if found := forward.later:
-            failed = checkpoints.control[..., _STATUS] != controller.SUCCESS.value
-            _spoil(failed.any(), x_grad, *grads)
-            result.later = lambda: Result(nfe=found().nfe_again, launches=launches)
+            failed = checkpoints.control[..., host.STATUS] != controller.SUCCESS.value
+            host.spoil(failed.any(), x_grad, *grads)
+            result.later = lambda: host.Result(nfe=found().nfe_again, launches=launches)
         return x_grad if x is not None else None, grads, result
 
     def continuous_gradient(
@@ -483,7 +407,7 @@ class Solve:
         wanted: Sequence[bool],
         grid: Sequence[float] = (),
         seminorm: bool = False,
-    ) -> tuple[Tensor | None, list[Tensor | None], Result]:
+    ) -> tuple[Tensor | None, list[Tensor | None], host.Result]:
         """The gradient of a solve by the adjoint ODE, which this method and these options solve.
 
         The options `backwards` and `data_dim` are those of the solve itself, whatever its others.
@@ -509,7 +433,7 @@ class Solve:
         if any(wanted) and not (is_fixed or seminorm):
             raise ValueError("the adjoint ODE's norm includes the parameters, which no kernel does")
         arguments = (solution, tuple(parameters), tuple(times), grad, any(wanted))
-        with _on(grad.device):
+        with host.on(grad.device):
             x_grad, grads, result = (
                 self._continuous_fixed(*arguments, tuple(grid))
                 if is_fixed
@@ -526,26 +450,26 @@ class Solve:
         grad: Tensor,
         wanted: bool,
         grid: tuple[float, ...],
-    ) -> tuple[Tensor, Sequence[Tensor | None], Result]:
+    ) -> tuple[Tensor, Sequence[Tensor | None], host.Result]:
         rows, S = solution.shape[1], self.stages
         shared, F, tiles = self._adjoint_arguments(grad, parameters, rows)
         record = F.record_size(shared["B"])
         size = (2 * S + 2) * shared["B"] * F.D + S * record + S
-        programs = min(tiles, _most_programs(grad.device))
+        programs = min(tiles, host.most_programs(grad.device))
         ends, pieces = _adjoint_steps(times, grid)
         inner = S - 1 if self.method.last_at_solution else S
-        x_grad = _empty(grad, (rows, self.data_dim))
-        control = _zeros(grad, (tiles, CONTROL))
-        sums = _zeros(grad, (programs, F.weights if wanted else 0), self.dtype)
+        x_grad = host.empty(grad, (rows, self.data_dim))
+        control = host.zeros(grad, (tiles, host.CONTROL))
+        sums = host.zeros(grad, (programs, F.weights if wanted else 0), self.dtype)
         continuous.fixed[(programs,)](
-            ends=_doubles(ends, grad.device),
-            plan=_integers(pieces, grad.device),
+            ends=host.doubles(ends, grad.device),
+            plan=host.integers(pieces, grad.device),
             solution=solution,
             grad=grad,
             x_grad=x_grad,
             control=control,
             sums=sums,
-            scratch=_empty(grad, (programs, size)),
+            scratch=host.empty(grad, (programs, size)),
             num_times=len(times),
             inner=inner,
             programs=programs,
@@ -556,10 +480,10 @@ class Solve:
         grads = self._reduced(sums, parameters) if wanted else [None] * len(parameters)
         accepted = max(len(ends) - 1, 0)
         launches = 2 if wanted else 1
-        result = Result(nfe=accepted * inner, accepted=accepted, launches=launches)
-        if not _never_waits(grad.device):
+        result = host.Result(nfe=accepted * inner, accepted=accepted, launches=launches)
+        if not host.never_waits(grad.device):
             state = control.amax(0).tolist()  # of all tiles the worst status, the first output
-            result.status = max(int(state[_STATUS]) - 1, SUCCESS)
+            result.status = max(int(state[host.STATUS]) - 1, SUCCESS)
             if result.status != SUCCESS:
                 result.output = int(state[controller.OUTPUT.value])
                 result.t = times[result.output]
@@ -572,36 +496,35 @@ class Solve:
         times: tuple[float, ...],
         grad: Tensor,
         wanted: bool,
-    ) -> tuple[Tensor, Sequence[Tensor | None], Result]:
+    ) -> tuple[Tensor, Sequence[Tensor | None], host.Result]:
         rows, S, pieces = solution.shape[1], self.stages, len(times) - 1
-        is_captured = _is_captured(grad.device)
+        is_captured = host.is_captured(grad.device)
         shared, F, programs = self._adjoint_arguments(grad, parameters, rows)
-        times_on = _doubles(times, grad.device)
+        times_on = host.doubles(times, grad.device)
         record = F.record_size(shared["B"])
         size = 2 * S * shared["B"] * F.D + record
-        scratch = _empty(grad, (programs, size))
+        scratch = host.empty(grad, (programs, size))
         capacity = 0
         if wanted:  # a slot has twice a solve's numbers, and the steps' limit is each piece's own
-            capacity = self._capacity(grad, 2 * rows * (pieces if is_captured else 1), is_captured)
+            capacity = self._room(grad, 2 * rows * (pieces if is_captured else 1), is_captured)
             capacity *= pieces if is_captured else 1
-        x_grad = _empty(grad, (rows, self.data_dim))
-        states = _empty(grad, (capacity + 1 if wanted else 2, 4, rows, self.dim))
-        steps = _empty(grad, (capacity, 3), torch.float64)
-        state = _zeros(grad, (CONTROL + continuous.PROGRESS.value,))
-        control, progress = state[:CONTROL], state[CONTROL:]
-        attempt_sums = _empty(grad, (programs, continuous.SUMS.value), torch.float64)
-        arrivals = _zeros(grad, (1,), torch.int32)
+        x_grad = host.empty(grad, (rows, self.data_dim))
+        states = host.empty(grad, (capacity + 1 if wanted else 2, 4, rows, self.dim))
+        steps = host.empty(grad, (capacity, 3), torch.float64)
+        state = host.zeros(grad, (host.CONTROL + continuous.PROGRESS.value,))
+        control, progress = state[: host.CONTROL], state[host.CONTROL :]
+        attempt_sums = host.empty(grad, (programs, continuous.SUMS.value), torch.float64)
+        arrivals = host.zeros(grad, (1,), torch.int32)
         # A program for each step of a tile would leave too many sums to add up.
-        at_once = min(programs * STEPS_AT_ONCE, _most_programs(grad.device))
-        sums = _zeros(grad, (at_once, F.weights if wanted else 0), self.dtype)
+        at_once = min(programs * STEPS_AT_ONCE, host.most_programs(grad.device))
+        sums = host.zeros(grad, (at_once, F.weights if wanted else 0), self.dtype)
         size_again = size + (S - 1) * record + S
-        scratch_again = _empty(grad, (at_once, size_again if wanted else 0))
+        scratch_again = host.empty(grad, (at_once, size_again if wanted else 0))
         grads: Sequence[Tensor | None] = [None] * len(parameters)
         launches = 0
 
-        def queue() -> _Queue:
-            return _Queue(
-                continuous.adaptive,
+        def queue() -> host.Queue:
+            arguments_of = dict(
                 times=times_on,
                 solution=solution,
                 grad=grad,
@@ -619,6 +542,10 @@ class Solve:
                 **dict(TIME_GRADIENT=mlp.time_gradient, DATA=self.data_dim, SCRATCH=size),
                 **dict(KEEP=wanted, LOOP=programs == 1),
                 **shared,
+            )
+            chunks = None if programs == 1 else (host.FIRST_CHUNK, host.CHUNK)
+            return host.Queue(
+                [(continuous.adaptive, (programs,), arguments_of)], grad.device, chunks
             )
 
         def weight_gradients() -> list[Tensor]:
@@ -638,11 +565,11 @@ class Solve:
             )
             return self._reduced(sums, parameters)
 
-        def outcome() -> Result:
+        def outcome() -> host.Result:
             found = state.tolist()
-            before = CONTROL + continuous.ACCEPTED_BEFORE.value
-            return Result(
-                status=int(found[_STATUS]) - 1,
+            before = host.CONTROL + continuous.ACCEPTED_BEFORE.value
+            return host.Result(
+                status=int(found[host.STATUS]) - 1,
                 nfe=int(found[controller.NFE.value]),
                 accepted=int(found[controller.ACCEPTED.value] + found[before]),
                 rejected=int(found[controller.REJECTED.value] + found[before + 1]),
@@ -657,8 +584,8 @@ class Solve:
             if wanted:
                 grads = weight_gradients()
                 launches += 2
-            _spoil(control[_STATUS] != controller.SUCCESS.value, x_grad, *grads)
-            return x_grad, grads, Result(launches=launches, later=outcome)
+            host.spoil(control[host.STATUS] != controller.SUCCESS.value, x_grad, *grads)
+            return x_grad, grads, host.Result(launches=launches, later=outcome)
         queued = queue()
         while True:
             launches += queued.launch_chunk()
@@ -666,13 +593,13 @@ class Solve:
                 grads = weight_gradients()
                 launches += 2
             result = outcome()
-            if result.status == _FULL:
+            if result.status == host.FULL:
                 capacity = min(2 * capacity, pieces * self._max_num_steps)
-                states = _grown(states, capacity + 1)
-                steps = _grown(steps, capacity)
-                control[_STATUS].zero_()
+                states = host.grown(states, capacity + 1)
+                steps = host.grown(steps, capacity)
+                control[host.STATUS].zero_()
                 queued = queue()
-            elif result.status != _RUNNING:
+            elif result.status != host.RUNNING:
                 return x_grad, grads, result
 
     def _adjoint_arguments(
@@ -699,14 +626,20 @@ class Solve:
     def _reduced(sums: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The programs' weight gradients added up, shaped as the parameters."""
         programs, count = sums.shape
-        flat = _empty(sums, (count,))
+        flat = host.empty(sums, (count,))
         blocks = triton.cdiv(count, adjoint.BLOCK.value)
         adjoint.reduce[(blocks,)](sums=sums, out=flat, programs=programs, WEIGHTS=count)
         parts = flat.split([p.numel() for p in parameters])
         return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
-    def describe(self, rows: int, device: torch.device) -> str:
-        """Which kernel solves that many rows, in how many launches, with what arithmetic."""
+    def describe(self, shape: Sequence[int], device: torch.device) -> str:
+        """How a batch is solved: by which kernel, in how many launches, with what arithmetic.
+
+        Args:
+            shape: [rows, dim].
+            device: Where it is.
+        """
+        rows = shape[0]
         kernel = {FIXED: "fixed", BATCH: "adaptive", SAMPLE: "by_row"}[self.control]
         _, config = self._configuration(kernel, device, rows)
         programs = max(1, triton.cdiv(rows, config.rows))
@@ -721,170 +654,9 @@ class Solve:
         return f"{kernel}, {programs} x {config.rows} rows, {launches}, {arithmetic}"
 
 
-CONTROL = controller.CONTROL.value
-_STATUS = controller.STATUS.value
-_FULL = controller.FULL.value - 1
-_RUNNING = controller.RUNNING.value - 1
-
-
-class _Queue:
-    """A launch, to be made again and again with the same arguments, `programs` among them."""
-
-    def __init__(self, kernel: Any, **arguments: Any) -> None:
-        self._kernel = kernel
-        self._programs: int = arguments["programs"]
-        self._arguments = arguments
-        self._again: Callable[[], None] | None = None
-        self._chunks = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def launch(self, count: int) -> None:
-        """Queues it so many times."""
-        for _ in range(count):
-            if self._again:
-                self._again()
-                continue
-            compiled = self._kernel[(self._programs,)](**self._arguments)
-            if compiled:  # not so in the interpreter. Spares Triton to look at all arguments again
-                values = [self._arguments[name] for name in self._kernel.arg_names]
-                self._again = functools.partial(compiled[(self._programs, 1, 1)], *values)
-
-    def launch_chunk(self) -> int:
-        """Queues what may be enough. Returns how many launches.
-
-        Those of one program make the whole solve. The third chunk and later ones are a CUDA graph.
-        """
-        if self._programs == 1:
-            self.launch(1)
-            return 1
-        self._chunks += 1
-        size = FIRST_CHUNK if self._chunks == 1 else CHUNK
-        device: torch.device = self._arguments["control"].device
-        if self._chunks <= 2 or device.type != "cuda":
-            self.launch(size)
-            return size
-        if self._graph is None:
-            self._graph = self._capture(size, device)
-        self._graph.replay()
-        return size
-
-    def _capture(self, size: int, device: torch.device) -> torch.cuda.CUDAGraph:
-        # Not by torch.cuda.graph, which empties the allocator's cache first. Nothing is allocated
-        # here, and nothing runs: the kernel is compiled since the first chunk.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            self.launch(size)
-            graph.capture_end()
-        return graph
-
-
-def _is_captured(device: torch.device) -> bool:
-    """Whether launches go into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _never_waits(device: torch.device) -> bool:
-    """Whether fixed steps leave it at nan where something is not finite: on a GPU."""
-    return device.type == "cuda" or _is_captured(device)
-
-
-def _on(device: torch.device) -> Any:
-    """Makes launches go to the device; the interpreter's numpy warns where a GPU says nothing."""
-    return torch.cuda.device(device) if device.type == "cuda" else np.errstate(all="ignore")
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; 0 where the interpreter runs."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
-def _most_programs(device: torch.device) -> int:
-    """Programs of a gradient, each with sums of its own: two for each multiprocessor."""
-    if device.type != "cuda":
-        return 4
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _spoil(failed: Tensor, *found: Tensor | None) -> None:
-    """Makes a result nan if `failed`, a single bool on the device."""
-    for tensor in found:
-        if tensor is not None:
-            tensor.masked_fill_(failed, math.nan)
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that a kernel fills."""
-    return like.new_empty(shape, dtype=dtype or like.dtype)
-
-
-def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-    return like.new_zeros(shape, dtype=dtype)
-
-
-def _grown(old: Tensor, size: int) -> Tensor:
-    """A copy with room for more along the first dim."""
-    new = _empty(old, (size, *old.shape[1:]))
-    new[: old.shape[0]] = old
-    return new
-
-
-@functools.lru_cache(maxsize=256)
-def _doubles(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Kept on the device: a copy costs more than a small solve."""
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-@functools.lru_cache(maxsize=256)
-def _integers(
-    values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device
-) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
-
-
-# --- plain numbers --------------------------------------------------------------------------------
-
-
-def _tableau(method: Method) -> list[list[float]]:
-    """A method as runge_kutta.py has it in memory."""
-    stages = len(method.c)
-    rows = [[*row, *[0.0] * (stages - len(row))] for row in method.a]
-    euler = [1.0] + [0.0] * (stages - 1)
-    powers = [list(power) for power in zip(*method.interpolant, strict=True)]
-    return [*rows, list(method.b), euler, list(method.b_err), list(method.c), *powers]
-
-
 def _adjoint_steps(
     times: tuple[float, ...], grid: tuple[float, ...]
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """The steps of a grid for `continuous_gradient`: their ends, once, and where pieces begin."""
     ends = tuple(dict.fromkeys(grid))
     return ends, tuple(bisect.bisect_left(ends, -time) for time in reversed(times))
-
-
-@functools.lru_cache(maxsize=64)
-def _plan(
-    times: tuple[float, ...], grid: tuple[float, ...], stages: int, last_on_demand: bool
-) -> tuple[tuple[int, int, int, int], ...]:
-    """Of each fixed step: the output times inside it, and the stages to evaluate.
-
-    The first stage is there if the step before needed it for its interpolant; the last one serves
-    that only.
-    """
-    plan = []
-    output, first = 1, 0
-    for t1 in grid[1:]:
-        end = bisect.bisect_right(times, t1, output)
-        inside = output < end and times[output] < t1
-        last = stages - 1 if last_on_demand and not inside else stages
-        plan.append((output, end, first, last))
-        output, first = end, int(last_on_demand and inside)
-    return tuple(plan)

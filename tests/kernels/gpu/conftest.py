@@ -10,7 +10,7 @@ try:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from anode_fast.kernels.gpu import solve
+    from anode_fast.kernels.gpu import host
 except ImportError:
     collect_ignore_glob = ["test_*.py"]
 
@@ -25,8 +25,8 @@ def device(device):
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
     """The memory that kernels are to fill holds nan first."""
-    empty = solve._empty
-    monkeypatch.setattr(solve, "_empty", lambda *args: empty(*args).fill_(float("nan")))
+    empty = host.empty
+    monkeypatch.setattr(host, "empty", lambda *args: empty(*args).fill_(float("nan")))
 
 
 @pytest.fixture(autouse=True, scope="session")

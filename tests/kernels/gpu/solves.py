@@ -7,7 +7,7 @@ import re
 import torch
 
 from anode_fast import AugODEBlock, MLPField, explain, odeint, odeint_adjoint
-from anode_fast.kernels.gpu import solve
+from anode_fast.kernels.gpu import host
 from anode_fast.problem import ADAPTIVE, FAMILIES
 from tests.helpers import assert_no_worse
 
@@ -181,8 +181,8 @@ def expected_launches(case, dtype, device, stats, wanted=None, call=odeint, **gi
     by_row = given.get("step_control") == "sample"
     if adaptive and not by_row and programs(case, dtype, device, **given) > 1:
         needed = stats.accepted + stats.rejected + (2 - ("first_step" in given.get("options", {})))
-        more = max(needed - solve.FIRST_CHUNK, 0)
-        launches = solve.FIRST_CHUNK + math.ceil(more / solve.CHUNK) * solve.CHUNK
+        more = max(needed - host.FIRST_CHUNK, 0)
+        launches = host.FIRST_CHUNK + math.ceil(more / host.CHUNK) * host.CHUNK
     if wanted is None or any(wanted):
         launches += 1 if wanted == ["d_x"] else 2
         launches += call is odeint_adjoint and not adaptive  # it solves once more

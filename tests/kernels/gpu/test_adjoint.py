@@ -7,7 +7,7 @@ import torch
 import triton
 
 from anode_fast import odeint, odeint_adjoint
-from anode_fast.kernels.gpu import adjoint, solve
+from anode_fast.kernels.gpu import adjoint, host, solve
 from tests.helpers import assert_no_worse
 from tests.kernels.gpu.solves import MANY_SCALES, Case, compare, f32, f64, solved, times
 
@@ -71,7 +71,7 @@ def test_gradient_of_one_output(control, output, device):
 
 @every_control
 def test_programs_with_several_tiles(control, device, monkeypatch):
-    monkeypatch.setattr(solve, "_most_programs", lambda device: 2)
+    monkeypatch.setattr(host, "most_programs", lambda device: 2)
     case = dataclasses.replace(CASE, rows=40)
     compare(case, f64, device, MANY_SCALES, **CONTROLS[control])
 

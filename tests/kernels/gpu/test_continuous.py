@@ -16,6 +16,7 @@ from anode_fast.tableau import TABLEAUS
 from tests.helpers import assert_no_worse
 
 pytest.importorskip("triton")
+from anode_fast.kernels.gpu import host  # noqa: E402
 from anode_fast.kernels.gpu import solve as gpu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason=library.missing() or "loaded")
@@ -129,8 +130,8 @@ def launches(case, result, device):
     if not case.adaptive or case.rows <= config.rows:
         return 1 + of_weights
     attempts = result.accepted + result.rejected + len(case.times)
-    more = math.ceil(max(attempts - gpu.FIRST_CHUNK, 0) / gpu.CHUNK)
-    return gpu.FIRST_CHUNK + of_weights + more * (gpu.CHUNK + of_weights)
+    more = math.ceil(max(attempts - host.FIRST_CHUNK, 0) / host.CHUNK)
+    return host.FIRST_CHUNK + of_weights + more * (host.CHUNK + of_weights)
 
 
 def check(case, device, dtype=f64, tensors=None, tolerance=1e-10, **options):

@@ -16,7 +16,7 @@ from anode_fast.errors import (
     SolverError,
     StepSizeUnderflow,
 )
-from anode_fast.kernels.gpu import solve
+from anode_fast.kernels.gpu import host, solve
 from anode_fast.stats import DeviceStats, SolveStats, Status
 from tests.kernels.gpu.solves import Case, f32, f64, programs, solved, times
 
@@ -60,7 +60,7 @@ def test_what_memory_held_does_not_matter(control, device, monkeypatch):
     nan = solved(case, f64, device, **given)
     monkeypatch.undo()  # _poisoned
     zeros = lambda like, shape, dtype=None: like.new_zeros(shape, dtype=dtype or like.dtype)  # noqa: E731
-    monkeypatch.setattr(solve, "_empty", zeros)
+    monkeypatch.setattr(host, "empty", zeros)
     assert_equal(solved(case, f64, device, **given), nan)
 
 
@@ -69,9 +69,9 @@ def test_checkpoints_get_more_room(control, device, monkeypatch):
     case, given = CONTROLS[control]
     want, stats = solved(case, f64, device, **given)
     assert stats.accepted >= 4 and stats.rejected
-    rooms, grow = [], solve._grown
+    rooms, grow = [], host.grown
     monkeypatch.setattr(solve.Solve, "_capacity", lambda *args: 1)
-    monkeypatch.setattr(solve, "_grown", lambda old, size: rooms.append(size) or grow(old, size))
+    monkeypatch.setattr(host, "grown", lambda old, size: rooms.append(size) or grow(old, size))
     got, again = solved(case, f64, device, **given)
     assert_equal(got, want)
     assert rooms[:4] == [3, 2, 5, 4]
@@ -91,13 +91,13 @@ def test_room_for_checkpoints(monkeypatch):
             data_dim=4,
             **options,
         )
-        return made._capacity(torch.zeros(0), rows, False)
+        return made._room(torch.zeros(0), rows, False)
 
     assert capacity(5) == 128
     assert capacity(1 << 15) == 32
     assert capacity(1 << 20) == 8
     assert capacity(1 << 20, max_num_steps=3) == 3
-    monkeypatch.setattr(solve, "CHECKPOINT_BYTES", 1 << 10)
+    monkeypatch.setattr(host, "CHECKPOINT_BYTES", 1 << 10)
     assert capacity(2) == 16
 
 
@@ -277,7 +277,7 @@ def capture(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(solve, "_is_captured", lambda device: True)
+    monkeypatch.setattr(host, "is_captured", lambda device: True)
     for name in ("forward", "discrete_gradient"):
         monkeypatch.setattr(solve.Solve, name, blind(getattr(solve.Solve, name)))
 
@@ -335,10 +335,10 @@ def prepared(field, x, t, step_control="batch", **given):
 def test_captured_solves_have_a_limit(device, monkeypatch):
     case, given = CONTROLS["batch of several programs"]
     capture(monkeypatch)
-    more = given | dict(options={"max_num_steps": solve.MOST_CAPTURED + 1})
+    more = given | dict(options={"max_num_steps": host.MOST_CAPTURED + 1})
     with pytest.raises(ValueError, match="makes all attempts that it may need, here 257. Set opti"):
         solved(case, f64, device, **more)
-    monkeypatch.setattr(solve, "MOST_CAPTURED_BYTES", 20 * 2 * 66 * 3 * 8)
+    monkeypatch.setattr(host, "MOST_CAPTURED_BYTES", 20 * 2 * 66 * 3 * 8)
     for control in ("batch", "sample"):
         more = given | dict(options={"max_num_steps": 21}, step_control=control)
         with pytest.raises(ValueError, match=r"21 of 3168 bytes. Set .*'max_num_steps'\] to 20 at"):

@@ -1,0 +1,161 @@
+"""`ConvField` on the CPU kernels: the same function of (t, y), with gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anode_fast import fused
+from anode_fast.fields import ConvField
+from anode_fast.kernels import interface
+from anode_fast.kernels.cpu import conv, library
+from anode_fast.spec import ACTIVATIONS
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def why_not(field: Any, y0: Tensor) -> str:
+    """Why the CPU kernels cannot evaluate a field at states like y0; "" if they can.
+
+    Args:
+        field: What the user wants to solve.
+        y0: The initial state.
+    """
+    if absent := library.missing():
+        return absent
+    if type(field) is not ConvField:
+        return f"the field is {fused._described(field)}, and the kernels know ConvField only"
+    if y0.dtype not in (torch.float32, torch.float64):
+        return f"the state is {y0.dtype}, want float32 or float64"
+    if y0.device.type != "cpu":
+        return f"the state is on {y0.device}, want the CPU"
+    if y0.dim() != 4 or y0.shape[1] != field.channels:
+        return f"the state is not [batch, {field.channels}, height, width]"
+    tensors = field.tensors()
+    if not all(type(x) in _PLAIN for x in (y0, *tensors)):
+        return "the state or a weight is no plain tensor"
+    if tuple(p.shape for p in tensors) != _kernels(field, y0.dtype).shapes:
+        return "the layers have other shapes than the field was made with"
+    if any(p.dtype != y0.dtype or p.device != y0.device for p in tensors):
+        return "the weights have another dtype or device than the state"
+    if fused._has_hooks(field):
+        return "the field has hooks or a forward of its own, which would not run"
+    return fused._why_not_now("cpu")
+
+
+class NativeConvField:
+    """A ConvField that the CPU kernels evaluate, with its weights of now: make one for each solve.
+
+    Args:
+        field: One that `why_not` has nothing against. Its nfe goes on counting.
+
+    Attributes:
+        field: The same.
+        tensors: Its weights and biases.
+    """
+
+    def __init__(self, field: ConvField) -> None:
+        self.field = field
+        self.tensors = field.tensors()
+        self._dtype = self.tensors[0].dtype
+        self._kernels = _kernels(field, self._dtype)
+        self._packed = self._kernels.pack([p.detach() for p in self.tensors])
+        self._no_time = torch.zeros((), dtype=self._dtype)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt, differentiable in t, y and the weights.
+
+        Args:
+            t: Time, 0-d, or one per image, [batch, 1, 1, 1].
+            y: State, [batch, channels, height, width], in the weights' dtype, on the CPU.
+
+        Returns:
+            Like y.
+
+        Raises:
+            InvalidArgument, InvalidType: Shapes or dtypes that do not fit.
+            MemoryError: There is not enough.
+        """
+        self.field.__dict__["nfe"] += 1
+        self.field.check_input(t, y, self.tensors[0])
+        if self.field.time_dependent:
+            t = t.to(self._dtype)
+        else:
+            t = self._no_time
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (y, t, *self.tensors)):
+            out: Tensor = _Evaluation.apply(self, t, y, *self.tensors)
+            return out
+        return self.evaluate(t, y, keep=False)[0]
+
+    def evaluate(self, t: Tensor, y: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """dy/dt and, if asked for, the record for `gradient`."""
+        out, record = self._kernels.evaluate(self._packed, _dense(t), _dense(y), keep)
+        return out, record
+
+    def gradient(
+        self, grad: Tensor, record: Tensor, t: Tensor, y: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of t, y and the tensors, None where not needed."""
+        y_grad, t_grad, grads = self._kernels.vjp(
+            self._packed, record, _dense(t), _dense(y), _dense(grad), needs[1], needs[0], needs[2:]
+        )
+        return [t_grad, y_grad, *grads]
+
+    def differentiable_gradient(
+        self, grad: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The same by autograd through torch's operations: it can be differentiated again."""
+        before = self.field.__dict__["nfe"]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases: an input may be made of another one, or be the same tensor twice.
+            t, y, *tensors = (x.view_as(x) for x in inputs)
+            out = self.field.evaluate(tensors, t, y)
+            self.field.__dict__["nfe"] = before
+            wanted = [x for x, need in zip((t, y, *tensors), needs, strict=True) if need]
+            grads = iter(
+                torch.autograd.grad(
+                    [out], wanted, [grad], create_graph=create_graph, materialize_grads=True
+                )
+            )
+        return [next(grads) if need else None for need in needs]
+
+
+class _Evaluation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, native: NativeConvField, t: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
+        out, record = native.evaluate(t, y, keep=True)
+        ctx.native = native
+        ctx.save_for_backward(record, t, y, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        native: NativeConvField = ctx.native
+        record, *inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or fused._is_batched(grad):
+            return None, *native.differentiable_gradient(grad, inputs, needs)
+        return None, *native.gradient(grad, record, inputs[0], inputs[1], needs)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernels_of(field: interface.ConvField, dtype: torch.dtype) -> Any:
+    return conv.Conv(library.load(), field, dtype)
+
+
+def _kernels(field: ConvField, dtype: torch.dtype) -> Any:
+    activation = ACTIVATIONS.index(field.activation)
+    plain = interface.ConvField(
+        field.channels, field.conv1.out_channels, activation, field.time_dependent
+    )
+    return _kernels_of(plain, dtype)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same numbers as the memory is to have them: contiguous, and no negated view."""
+    return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()

@@ -1,0 +1,613 @@
+"""A solve on a GPU launch by launch, one for each stage: of fields whose pixels see each other.
+
+What solve.py is for the kernels of runge_kutta.py and adjoint.py, this is for those of combine.py
+and unwind.py with the field of conv.py. When it waits for the device, and what is left of a
+captured solve, is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from anode_fast.kernels.gpu import combine, controller, conv, host, launch, unwind
+from anode_fast.kernels.gpu.launch import ConvLaunch
+from anode_fast.kernels.gpu.launch import why_not as why_not
+from anode_fast.kernels.interface import (
+    BATCH,
+    FIXED,
+    NON_FINITE,
+    NON_FINITE_INPUT,
+    SAMPLE,
+    SUCCESS,
+    ConvField,
+    Method,
+)
+
+CHUNKS = 6, 4
+"""Rounds that are queued before the host looks whether the solve has ended; at first, later."""
+
+LEAST_RTOL_OF_TF32 = 1e-3
+"""Below it, tf32's rounding could pass for the error of a step: products are float32 then."""
+
+WEIGHT_PROGRAMS = 48
+"""That sum up gradients of a 3x3 convolution for three taps each; more would take more memory."""
+
+PATIENCE = {BATCH: 16, SAMPLE: 2**31 - 1, FIXED: 0}
+"""Attempts in a row that give nan or inf before a solve gives up, as the reference has them."""
+
+Launching = tuple[Any, tuple[int, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the pixels of a batch are divided.
+
+    Attributes:
+        images: In a group.
+        groups: Of images that take their steps together.
+        pixels: Of a group.
+        tiles: Of a group.
+        F: The field as compiled for it.
+        launch: How kernels are launched.
+    """
+
+    images: int
+    groups: int
+    pixels: int
+    tiles: int
+    F: conv.Conv
+    launch: ConvLaunch
+
+    @property
+    def count(self) -> int:
+        """Tiles, in all groups."""
+        return self.groups * self.tiles
+
+    @property
+    def total(self) -> int:
+        """Pixels, in all groups."""
+        return self.groups * self.pixels
+
+    @property
+    def of_group(self) -> dict[str, int]:
+        """Arguments of most kernels."""
+        return dict(pixels=self.pixels, tiles=self.tiles)
+
+    @property
+    def of_images(self) -> dict[str, Any]:
+        """Arguments of kernels that read or write tensors as the user has them."""
+        area = self.F.height * self.F.width
+        return dict(images=self.images, AREA=area, CHANNELS=self.F.channels, **self.of_group)
+
+
+@dataclass
+class Checkpoints:
+    """What a solve keeps for its gradient, on the device."""
+
+    layout: Layout
+    weights: tuple[Tensor, ...]
+    states: Tensor
+    ends: Tensor
+    plan: Tensor
+    control: Tensor
+    times: Tensor
+    capacity: int
+    num_steps: int
+    result: host.Result
+
+
+class Solve(host.Solver):
+    """A solve with everything fixed but the tensors and times.
+
+    Args:
+        field: The field.
+        method, dtype, options: As for host.Solver; `data_dim` is a number of channels.
+    """
+
+    def __init__(
+        self, field: ConvField, method: Method, dtype: torch.dtype, **options: float
+    ) -> None:
+        super().__init__(method, dtype, **options)
+        self.field = field
+        self._rtol = options["rtol"]
+
+    # --- forward
+
+    def forward(
+        self,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        times: Sequence[float],
+        grid: Sequence[float] = (),
+        keep: bool = False,
+    ) -> tuple[Tensor, host.Result, Checkpoints | None]:
+        """Solves.
+
+        Args:
+            x: Data channels of the initial state, [images, data_dim, height, width], contiguous.
+            parameters: Weight and bias of every convolution, contiguous.
+            times: Output times, increasing.
+            grid: For fixed steps: where they begin and end.
+            keep: Whether to keep checkpoints.
+
+        Returns:
+            The solution [times, images, channels, height, width], counts and outcome, and the
+            checkpoints, None if not asked for or if the solve failed.
+        """
+        with host.on(x.device):
+            out, result, checkpoints = self._forward(x, parameters, tuple(times), tuple(grid), keep)
+        return out, result, checkpoints if keep and result.status == SUCCESS else None
+
+    def _precision(self) -> str:
+        """Of matrix products."""
+        wanted = launch.precision(self.dtype)
+        is_rough = wanted == "tf32" and self.control != FIXED
+        return "tf32x3" if is_rough and self._rtol < LEAST_RTOL_OF_TF32 else wanted
+
+    def _layout(self, shape: Sequence[int], device: torch.device) -> Layout:
+        """Of a batch of images, [images, channels, height, width]."""
+        images, _, height, width = shape
+        F, config = launch.conv_configuration(
+            self.field, height, width, self._precision(), host.capability(device)
+        )
+        groups, of_group = (images, 1) if self.control == SAMPLE and images else (1, images)
+        pixels = of_group * height * width
+        tiles = max(1, triton.cdiv(pixels, config.pixels))
+        return Layout(of_group, groups, pixels, tiles, F, config)
+
+    def _packed(self, parameters: Sequence[Tensor], F: conv.Conv) -> tuple[Tensor, ...]:
+        """The weights as kernels read them."""
+        like, D, N = parameters[0], F.D, F.N
+        parts = max(F.parts, 1)
+        of_parts = torch.float16 if F.parts else self.dtype
+        shapes = [(D, N), (N,), (N,), (conv.TAPS.value, N), (N, D), (D,), (D,)]
+        w1, w1_time, b2, w2_time, w3, b3, w3_time = (host.empty(like, shape) for shape in shapes)
+        w2, w2_transposed = (host.empty(like, (parts, 9, N, N), of_parts) for _ in range(2))
+        scale = host.empty(like, (1,))
+        weights = (w1, w1_time, w2, w2_transposed, scale, b2, w2_time, w3, b3, w3_time)
+        conv.pack[(10,)](parameters=tuple(parameters), weights=weights, F=F)
+        return weights
+
+    def _stages(
+        self,
+        which: Sequence[int],
+        layout: Layout,
+        weights: tuple[Tensor, ...],
+        hidden: Tensor,
+        again: bool,
+        **buffers: Tensor,
+    ) -> list[Launching]:
+        """Launches that evaluate stages."""
+        F, found = layout.F, []
+        tableau, settings = self._constants(buffers["states"].device)
+        ring = buffers["arguments"].shape[0]
+        for s in which:
+            found += self._first_layer(s, layout, weights, hidden, buffers)
+            arguments = dict(
+                **buffers,
+                **dict(weights=weights, hidden=hidden, tableau=tableau, settings=settings, s=s),
+                **dict(EVALUATE=conv.evaluate, F=F, S=self.stages, B=layout.launch.pixels, D=F.D),
+                **dict(RING=ring, AGAIN=again),
+                **layout.of_group,
+                **layout.launch.options,
+            )
+            found.append((combine.stage, (layout.count,), arguments))
+        return found
+
+    def _first_layer(
+        self,
+        s: int,
+        layout: Layout,
+        weights: tuple[Tensor, ...],
+        hidden: Tensor,
+        buffers: dict[str, Tensor],
+    ) -> list[Launching]:
+        """The launch before stage s that puts the first hidden layer into memory, if it goes so."""
+        if not layout.F.through_memory:
+            return []
+        arguments = dict(
+            weights=weights,
+            hidden=hidden,
+            x=buffers["arguments"][s % buffers["arguments"].shape[0]],
+            **_moments(buffers["cursor"], s),
+            **dict(F=layout.F, B=layout.launch.pixels),
+            **layout.of_group,
+            **layout.launch.options,
+        )
+        return [(conv.first_layer, (layout.count,), arguments)]
+
+    def _forward(
+        self,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        times: tuple[float, ...],
+        grid: tuple[float, ...],
+        keep: bool,
+    ) -> tuple[Tensor, host.Result, Checkpoints]:
+        layout = self._layout(x.shape, x.device)
+        F, S, is_fixed = layout.F, self.stages, self.control == FIXED
+        is_captured = host.is_captured(x.device)
+        num_steps = len(grid) - 1
+        tableau, settings = self._constants(x.device)
+        plan = host.plan_of(times, grid, S, self.method.last_on_demand) if is_fixed else ()
+        times_on, ends_on = host.doubles(times, x.device), host.doubles(grid, x.device)
+        plan_on = host.integers(plan, x.device)
+        out = host.empty(x, (len(times), x.shape[0], F.channels, F.height, F.width))
+        capacity = 0
+        if keep:
+            size = 2 * layout.total * F.D * x.element_size()
+            capacity = num_steps if is_fixed else self._capacity(size, is_captured)
+        states = host.empty(x, (capacity + 1 if keep else 2, 2, layout.total, F.D))
+        steps = host.empty(x, (layout.groups, 0 if is_fixed else capacity, 2), torch.float64)
+        control = host.zeros(x, (layout.groups, host.CONTROL))
+        weights = self._packed(parameters, F)
+        hidden = host.empty(x, (layout.total if F.through_memory else 0, F.N))
+        state = (layout.total, F.D)
+        which = range(1, S)
+        if is_fixed:
+            which = range(min(step[2] for step in plan), max(step[3] for step in plan))
+        shared = dict(
+            tableau=tableau,
+            settings=settings,
+            cursor=host.zeros(x, (layout.groups, combine.CURSOR.value + S)),
+            stages=host.empty(x, (S, *state)),
+        )
+        arguments = host.empty(x, (2, *state))
+        sums = host.empty(x, (layout.count, combine.SUMS.value), torch.float64)
+        arrivals = host.zeros(x, (layout.groups,), torch.int32)
+
+        def queue() -> host.Queue:
+            common = dict(
+                **shared,
+                **dict(times=times_on, plan=plan_on, out=out, states=states, control=control),
+                **dict(capacity=capacity, num_times=len(times)),
+                **dict(S=S, B=layout.launch.pixels, D=F.D, KEEP=keep, FIXED=is_fixed),
+                **layout.of_images,
+                **layout.launch.options,
+            )
+            begin = dict(
+                x=x,
+                ends=ends_on,
+                steps=steps,
+                arguments=arguments,
+                **dict(DATA=self.data_dim, RING=2),
+                **common,
+            )
+            finish = dict(
+                sums=sums,
+                arrivals=arrivals,
+                num_steps=max(num_steps, 0),
+                patience=PATIENCE[self.control],
+                **common,
+            )
+            buffers = dict(states=states, arguments=arguments)
+            buffers |= dict(stages=shared["stages"], cursor=shared["cursor"])
+            launches = [
+                (combine.begin, (layout.count,), begin),
+                *self._stages(which, layout, weights, hidden, False, **buffers),
+                (combine.finish, (layout.count,), finish),
+            ]
+            return host.Queue(launches, x.device, CHUNKS)
+
+        launches = 1  # which packs the weights
+
+        def outcome() -> host.Result:
+            result = self._merged(control.cpu())
+            result.launches = launches
+            return result
+
+        def kept(result: host.Result) -> Checkpoints:
+            ends = ends_on if is_fixed else steps
+            return Checkpoints(
+                *(layout, weights, states, ends, plan_on, control, times_on),
+                *(capacity, max(num_steps, 0), result),
+            )
+
+        queued = queue()
+        if is_fixed:
+            # The few rounds that it takes are known. Most of them may be one graph.
+            made = 0
+            while made < num_steps:
+                before = launches
+                launches += queued.launch_chunk(num_steps - made)
+                made += (launches - before) // queued.size
+            evaluations = sum(last - first for _, _, first, last in plan)
+            result = host.Result(
+                nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=launches
+            )
+            if not host.never_waits(x.device):
+                self._look_at(out, result)
+            return out, result, kept(result)
+        if is_captured:
+            launches += queued.launch(self._captured_attempts() + 2)
+            result = host.Result(launches=launches, later=outcome)
+            failed = (control[:, host.STATUS] != controller.SUCCESS.value).any()
+            out.masked_fill_(failed, math.nan)
+            return out, result, kept(result)
+        while True:
+            launches += queued.launch_chunk()
+            result = outcome()
+            if result.status == host.FULL:
+                capacity = min(2 * capacity, self._max_num_steps)
+                states = host.grown(states, capacity + 1)
+                steps = host.grown(steps.transpose(0, 1), capacity).transpose(0, 1).contiguous()
+                status = control[:, host.STATUS]
+                status.masked_fill_(status == controller.FULL.value, controller.RUNNING.value)
+                queued = queue()
+            elif result.status != host.RUNNING:
+                break
+        if result.status != SUCCESS and self.control == BATCH:
+            slot = result.accepted if keep else result.accepted % 2
+            y, f = (_images(part, layout) for part in states[slot])
+            result.last = y, f
+        return out, result, kept(result)
+
+    @staticmethod
+    def _look_at(out: Tensor, result: host.Result) -> None:
+        """Notes which output of fixed steps is the first that is not finite."""
+        bad = ~torch.isfinite(out).flatten(1).all(1)
+        if bad.any():
+            result.output = int(bad.int().argmax())
+            result.status = NON_FINITE
+            if result.output == 0:
+                result.status, result.output = NON_FINITE_INPUT, -1
+
+    def _merged(self, state: Tensor) -> host.Result:
+        """The groups' outcomes as one.
+
+        In the reference all rows are at the same attempt: the first failure ends the solve.
+        """
+        accepted, rejected = (
+            state[:, controller.ACCEPTED.value],
+            state[:, controller.REJECTED.value],
+        )
+        status = state[:, host.STATUS]
+        failed = (status >= controller.MAX_STEPS.value) & (status != controller.FULL.value)
+        attempts = accepted + rejected
+        result = host.Result(accepted=int(accepted.max()), rejected=int(rejected.max()))
+        made = attempts.max()
+        if failed.any():
+            made = attempts[failed].min()
+            rows = (failed & (attempts == made)).nonzero().flatten()
+            first = state[rows]
+            result.status = int(first[0, host.STATUS]) - 1
+            result.row, result.rows = int(rows[0]), len(rows)
+            result.t, result.dt = first[0, [controller.T.value, controller.DT.value]].tolist()
+            if result.status == controller.MAX_STEPS.value - 1:
+                result.t = float(first[:, controller.T.value].min())
+        elif (status == controller.FULL.value).any():
+            result.status = host.FULL
+        elif (status == controller.RUNNING.value).any():
+            result.status = host.RUNNING
+        evaluations = 1 if self._settings[controller.FIRST_STEP.value] else 2
+        if made == 0:  # it may have ended sooner
+            evaluations = int(state[:, controller.NFE.value].max())
+        result.nfe = evaluations + int(made) * (self.stages - 1)
+        result.nfe_again = result.accepted * (self.stages - 1) + 1
+        return result
+
+    # --- gradients
+
+    def discrete_gradient(
+        self,
+        checkpoints: Checkpoints,
+        parameters: Sequence[Tensor],
+        grad: Tensor,
+        x: Tensor | None,
+        wanted: bool,
+    ) -> tuple[Tensor | None, list[Tensor], host.Result]:
+        """The exact gradient of a solve.
+
+        Args:
+            checkpoints: Of the solve.
+            parameters: As in `forward`, unchanged since.
+            grad: Cotangent of the solution, [times, images, channels, height, width], contiguous.
+            x: A tensor like the gradient for x, if that is wanted.
+            wanted: Whether the parameters' gradients are wanted.
+
+        Returns:
+            The gradient for x or None, those of the parameters (none if not wanted), the counts.
+        """
+        layout, forward = checkpoints.layout, checkpoints.result
+        F, S, is_fixed = layout.F, self.stages, self.control == FIXED
+        state = (layout.total, F.D)
+        tableau, settings = self._constants(grad.device)
+        product = _Product(layout, checkpoints.weights, grad, wanted)
+        cursor = host.zeros(grad, (layout.groups, combine.CURSOR.value + S))
+        arguments, stages = (host.empty(grad, (S, *state)) for _ in range(2))
+        adjoints = host.empty(grad, (S + 1, *state))
+        adj_y, adj_f = (host.zeros(grad, state, grad.dtype) for _ in range(2))
+        x_grad = host.empty(grad, (*grad.shape[1:2], self.data_dim, F.height, F.width))
+        num_times = checkpoints.times.shape[0]
+        shared = dict(
+            **dict(grad=grad, times=checkpoints.times, tableau=tableau, settings=settings),
+            **dict(adjoints=adjoints, cursor=cursor, num_times=num_times),
+            **dict(S=S, B=layout.launch.pixels, D=F.D, FIXED=is_fixed),
+            **layout.of_images,
+            **layout.launch.options,
+        )
+        rewind = dict(
+            **dict(ends=checkpoints.ends, plan=checkpoints.plan, states=checkpoints.states),
+            **dict(control=checkpoints.control, arguments=arguments, stages=stages, adj_y=adj_y),
+            **dict(capacity=checkpoints.capacity, num_steps=checkpoints.num_steps),
+            **shared,
+        )
+        buffers = dict(states=checkpoints.states, arguments=arguments)
+        buffers |= dict(stages=stages, cursor=cursor)
+
+        def queue(first: int) -> host.Queue:
+            """Rounds of steps whose stages before `first` come from the step before."""
+            again = range(first, S - 1)
+            launches = [
+                (unwind.rewind, (layout.count,), rewind),
+                *self._stages(again, layout, checkpoints.weights, product.hidden, True, **buffers),
+            ]
+            for s in reversed(range(S)):
+                collect = dict(adj_f=adj_f, found=product.cotangent, s=s, **shared)
+                launches.append((unwind.cotangent, (layout.count,), collect))
+                if s >= first:
+                    launches += self._first_layer(
+                        s, layout, checkpoints.weights, product.hidden, buffers
+                    )
+                    launches += product.launches(
+                        arguments[s], _moments(cursor, s), adjoints[s], adj_y
+                    )
+            return host.Queue(launches, grad.device, CHUNKS)
+
+        steps = self._captured_attempts() if forward.later else forward.accepted
+        with host.on(grad.device):
+            launches = 0
+            if is_fixed or forward.later or self.control == SAMPLE:
+                launches += queue(0).launch(steps)
+            else:
+                if steps > 1:
+                    launches += queue(1).launch(steps - 1)
+                launches += queue(0).launch(1)
+            images = {
+                name: value for name, value in shared.items() if name in unwind.gather.arg_names
+            }
+            unwind.gather[(layout.count,)](
+                adj_y=adj_y, x_grad=x_grad, DATA=self.data_dim, **images, **layout.launch.options
+            )
+            grads = product.gradients() if wanted else []
+        result = host.Result(nfe=forward.nfe_again, launches=launches + 1)
+        if found := forward.later:
+            failed = checkpoints.control[:, host.STATUS] != controller.SUCCESS.value
+            host.spoil(failed.any(), x_grad, *grads)
+            result.later = lambda: dataclasses.replace(result, nfe=found().nfe_again, later=None)
+        return x_grad if x is not None else None, grads, result
+
+    def describe(self, shape: Sequence[int], device: torch.device) -> str:
+        """How a batch of images is solved: tiles, launches, arithmetic.
+
+        Args:
+            shape: [images, channels, height, width].
+            device: Where it is.
+        """
+        layout = self._layout(shape, device)
+        launches = self.stages + 1 + layout.F.through_memory * (self.stages - 1)
+        steps = {FIXED: "fixed steps", BATCH: "one step size", SAMPLE: "a step size per image"}
+        arithmetic = {
+            "tf32x3": "float32 (products of two 16-bit parts)",
+            "tf32": "products of 16-bit numbers, float32 sums (torch's float32_matmul_precision)",
+            "ieee": str(self.dtype).removeprefix("torch."),
+        }[layout.F.precision]
+        raised = "" if launch.precision(self.dtype) == layout.F.precision else ", raised for rtol"
+        return (
+            f"{steps[self.control]}, {layout.count} x {layout.launch.pixels} pixels, {launches} "
+            f"launches for each attempted step, {arithmetic}{raised}"
+        )
+
+
+class _Product:
+    """Vector-Jacobian products of a field, and the sums of its weights' gradients."""
+
+    def __init__(
+        self, layout: Layout, weights: tuple[Tensor, ...], like: Tensor, wanted: bool
+    ) -> None:
+        F, N, D = layout.F, layout.F.N, layout.F.D
+        self._layout = layout
+        self._weights = weights
+        self._wanted = wanted
+        self._programs = min(layout.count, host.most_programs(like.device))
+        self._weight_programs = min(layout.count, WEIGHT_PROGRAMS)
+        self.cotangent = host.empty(like, (layout.total, D))
+        self.hidden = host.empty(like, (layout.total if F.through_memory else 0, N))
+        self._deltas = host.empty(like, (layout.total, N))
+        self._largest = host.empty(like, (layout.count, 2))
+        self._of_time = host.empty(like, (layout.count,), torch.float64)
+        inner, outer = (self._programs if wanted else 0,), self._weight_programs if wanted else 0
+        self._inner, self._outer, self._bias, self._middle, self._time = (
+            host.zeros(like, shape, like.dtype)
+            for shape in (
+                *((*inner, N, D), (*inner, N, D), (*inner, 2, D)),
+                *((outer, 9, N, N), (outer, conv.TAPS.value, N)),
+            )
+        )
+
+    def launches(
+        self, x: Tensor, moments: dict[str, Any], found: Tensor, total: Tensor
+    ) -> list[Launching]:
+        """Those that take the product of `cotangent` and add up gradients.
+
+        Args:
+            x: Argument of the evaluation.
+            moments: When it was.
+            found: Gets the product.
+            total: Gets it added.
+        """
+        layout, F = self._layout, self._layout.F
+        B = layout.launch.pixels
+        # A tile's neighbourhood is a row of pixels and one more on either side.
+        near = 1 << (2 * triton.cdiv(F.width + 1, B)).bit_length()
+        shared = dict(
+            **dict(weights=self._weights, x=x, deltas=self._deltas, largest=self._largest),
+            **dict(F=F, B=B, count=layout.count),
+            **moments,
+            **layout.of_group,
+        )
+        outer = dict(
+            **dict(hidden=self.hidden, cotangent=self.cotangent, of_time=self._of_time),
+            **dict(sums=self._outer, bias_sums=self._bias, programs=self._programs),
+            **dict(WEIGHTS=self._wanted, TIME=False),
+            **shared,
+            **layout.launch.options,
+        )
+        inner = dict(
+            **dict(found=found, total=total, of_time=self._of_time, sums=self._inner),
+            **dict(programs=self._programs, NEAR=near, ADD=True, WEIGHTS=self._wanted, TIME=False),
+            **shared,
+            **layout.launch.options,
+        )
+        made: list[Launching] = [
+            (conv.vjp_outer, (self._programs,), outer),
+            (conv.vjp_inner, (self._programs,), inner),
+        ]
+        if self._wanted:
+            middle = dict(
+                **dict(hidden=self.hidden, sums=self._middle, time_sums=self._time),
+                **dict(programs=self._weight_programs, **shared, **layout.launch.options),
+            )
+            middle["num_warps"] = layout.launch.weight_warps
+            made.append((conv.vjp_weights, (self._weight_programs, 3), middle))
+        return made
+
+    def gradients(self) -> list[Tensor]:
+        """Of all parameters, shaped as these are; sums in the order of programs."""
+        F = self._layout.F
+        C, K = F.channels, F.filters
+        inner, outer, last = self._inner.sum(0)[:K], self._outer.sum(0)[:K, :C], self._bias.sum(0)
+        middle, time = self._middle.sum(0)[:, :K, :K], self._time.sum(0)[:, :K]
+        w1, w3 = inner[:, :C], outer.t()
+        w2 = middle.permute(2, 1, 0)  # [outputs, inputs, taps]
+        bias = time[9].clone()
+        if F.time:
+            w1 = torch.cat([inner[:, C + 1 : C + 2], w1], 1)
+            w2 = torch.cat([time[:9].t()[:, None], w2], 1)
+            w3 = torch.cat([last[1, :C, None], w3], 1)
+        return [
+            *(w1.reshape(*w1.shape, 1, 1).contiguous(), inner[:, C].contiguous()),
+            *(w2.reshape(*w2.shape[:2], 3, 3).contiguous(), bias),
+            *(w3.reshape(*w3.shape, 1, 1).contiguous(), last[0, :C].contiguous()),
+        ]
+
+
+def _moments(cursor: Tensor, s: int) -> dict[str, Any]:
+    """When stage s is evaluated, of each group."""
+    place = combine.CURSOR.value + s
+    return dict(moments=cursor[:, place], moments_stride=cursor.shape[1])
+
+
+def _images(state: Tensor, layout: Layout) -> Tensor:
+    """A state as the user has it, [images, channels, height, width]."""
+    F = layout.F
+    shape = (layout.groups * layout.images, F.height, F.width, F.D)
+    return state.view(shape)[..., : F.channels].permute(0, 3, 1, 2)
