@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from anode_fast import fused
 from anode_fast.fields import ConvField
-from anode_fast.kernels import interface
 from anode_fast.kernels.cpu import conv, library
-from anode_fast.spec import ACTIVATIONS
+from anode_fast.spec import ConvSpec
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -26,7 +25,7 @@ def why_not(field: Any, y0: Tensor) -> str:
         y0: The initial state.
     """
     if absent := library.missing():
-        return absent
+        return str(absent)
     if type(field) is not ConvField:
         return f"the field is {fused._described(field)}, and the kernels know ConvField only"
     if y0.dtype not in (torch.float32, torch.float64):
@@ -35,10 +34,12 @@ def why_not(field: Any, y0: Tensor) -> str:
         return f"the state is on {y0.device}, want the CPU"
     if y0.dim() != 4 or y0.shape[1] != field.channels:
         return f"the state is not [batch, {field.channels}, height, width]"
+    if 0 in y0.shape[2:]:
+        return "the images have no pixels"
     tensors = field.tensors()
     if not all(type(x) in _PLAIN for x in (y0, *tensors)):
         return "the state or a weight is no plain tensor"
-    if tuple(p.shape for p in tensors) != _kernels(field, y0.dtype).shapes:
+    if tuple(p.shape for p in tensors) != fused._shapes(field.spec()):
         return "the layers have other shapes than the field was made with"
     if any(p.dtype != y0.dtype or p.device != y0.device for p in tensors):
         return "the weights have another dtype or device than the state"
@@ -62,7 +63,7 @@ class NativeConvField:
         self.field = field
         self.tensors = field.tensors()
         self._dtype = self.tensors[0].dtype
-        self._kernels = _kernels(field, self._dtype)
+        self._kernels = _kernels(field.spec(), self._dtype)
         self._packed = self._kernels.pack([p.detach() for p in self.tensors])
         self._no_time = torch.zeros((), dtype=self._dtype)
 
@@ -80,20 +81,28 @@ class NativeConvField:
             InvalidArgument, InvalidType: Shapes or dtypes that do not fit.
             MemoryError: There is not enough.
         """
+        if not self._takes(t, y):
+            return self.field.evaluate(self.tensors, t, y)  # which says what is wrong
         self.field.__dict__["nfe"] += 1
-        self.field.check_input(t, y, self.tensors[0])
-        if self.field.time_dependent:
-            t = t.to(self._dtype)
-        else:
-            t = self._no_time
+        t = t.to(self._dtype) if self.field.time_dependent else self._no_time
         if torch.is_grad_enabled() and any(x.requires_grad for x in (y, t, *self.tensors)):
             out: Tensor = _Evaluation.apply(self, t, y, *self.tensors)
             return out
         return self.evaluate(t, y, keep=False)[0]
 
+    def _takes(self, t: Tensor, y: Tensor) -> bool:
+        """Whether the kernels can read these: they look at nothing but the memory."""
+        if y.dim() != 4 or y.shape[1] != self.field.channels or 0 in y.shape[2:]:
+            return False
+        if y.dtype is not self._dtype or y.device.type != "cpu":
+            return False
+        if not self.field.time_dependent:
+            return True
+        return isinstance(t, Tensor) and t.shape in ((), (y.shape[0], 1, 1, 1)) and t.is_cpu
+
     def evaluate(self, t: Tensor, y: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """dy/dt and, if asked for, the record for `gradient`."""
-        out, record = self._kernels.evaluate(self._packed, _dense(t), _dense(y), keep)
+        out, record = self._kernels.evaluate(self._packed, fused._dense(t), fused._dense(y), keep)
         return out, record
 
     def gradient(
@@ -101,7 +110,14 @@ class NativeConvField:
     ) -> list[Tensor | None]:
         """Gradients of t, y and the tensors, None where not needed."""
         y_grad, t_grad, grads = self._kernels.vjp(
-            self._packed, record, _dense(t), _dense(y), _dense(grad), needs[1], needs[0], needs[2:]
+            self._packed,
+            record,
+            fused._dense(t),
+            fused._dense(y),
+            fused._dense(grad),
+            needs[1],
+            needs[0],
+            needs[2:],
         )
         return [t_grad, y_grad, *grads]
 
@@ -127,7 +143,9 @@ class NativeConvField:
 
 class _Evaluation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, native: NativeConvField, t: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, native: NativeConvField, t: Tensor, y: Tensor, *tensors: Tensor
+    ) -> Tensor:
         out, record = native.evaluate(t, y, keep=True)
         ctx.native = native
         ctx.save_for_backward(record, t, y, *tensors)
@@ -144,18 +162,5 @@ class _Evaluation(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=64)
-def _kernels_of(field: interface.ConvField, dtype: torch.dtype) -> Any:
-    return conv.Conv(library.load(), field, dtype)
-
-
-def _kernels(field: ConvField, dtype: torch.dtype) -> Any:
-    activation = ACTIVATIONS.index(field.activation)
-    plain = interface.ConvField(
-        field.channels, field.conv1.out_channels, activation, field.time_dependent
-    )
-    return _kernels_of(plain, dtype)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """The same numbers as the memory is to have them: contiguous, and no negated view."""
-    return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
+def _kernels(spec: ConvSpec, dtype: torch.dtype) -> Any:
+    return conv.Conv(library.load(), fused._field(spec), dtype)

@@ -16,6 +16,7 @@ ORDER = """
     anode_fast.odeint
     anode_fast.plan
     anode_fast.recognize
+    anode_fast.convolution
     anode_fast.fields
     anode_fast.fused
     anode_fast.kernels
@@ -36,6 +37,7 @@ ORDER = """
     anode_fast.kernels.gpu.activations
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
+    anode_fast.kernels.cpu.conv
     anode_fast.kernels.cpu.library
     anode_fast.kernels.interface
     anode_fast.adjoint

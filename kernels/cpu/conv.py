@@ -1,7 +1,7 @@
 """A convolutional field on the CPU: the C structs and the calls.
 
-The structs mirror conv.hpp and api.cpp field by field; tests/kernels/cpu/test_conv.py compares their
-sizes with the library's.
+The structs mirror conv.hpp and api.cpp field by field; tests/kernels/cpu compares their sizes with
+the library's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""kernels/cpu/solve.py: its structs and constants are C++'s; what it refuses, keeps and frees."""
+"""solve.py and conv.py: structs and constants are C++'s; what solve.py refuses, keeps and frees."""
 
 import ctypes
 import itertools
@@ -13,7 +13,7 @@ import torch
 
 from anode_fast import MLPField, odeint
 from anode_fast.kernels import interface
-from anode_fast.kernels.cpu import library, solve
+from anode_fast.kernels.cpu import conv, library, solve
 from anode_fast.stats import Status
 
 HEADERS = Path(__file__).parents[3] / "kernels" / "cpu"
@@ -25,6 +25,8 @@ STRUCTS = {
     "Tableau": solve._Tableau,
     "Options": solve._Options,
     "Result": solve.Result,
+    "ConvShape": conv._Shape,
+    "ConvArguments": conv._Arguments,
 }
 CONSTANTS = {
     "Tableau::kMostStages": solve.MOST_STAGES,
