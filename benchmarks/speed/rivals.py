@@ -163,6 +163,8 @@ class TorchRival:
 class AtPrecision:
     """A rival whose float32 products have a precision, as torch.set_float32_matmul_precision says.
 
+    cuDNN's convolutions, which are in tf32 whatever that says, then follow it too.
+
     Args:
         rival: A rival in this process.
         precision: "highest" or "high" (tf32).
@@ -186,12 +188,14 @@ class AtPrecision:
         return self._at(self.rival.observe)
 
     def _at(self, call: Callable[[], Any]) -> Any:
-        before = torch.get_float32_matmul_precision()
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision(self.precision)
+        torch.backends.cudnn.allow_tf32 = self.precision != "highest"
         try:
             return call()
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class Compiled(nn.Module):

@@ -48,7 +48,8 @@ class Sheet:
 Info = Mapping[str, Any]
 """What `versus` writes about a case: `case`; `ours` and `theirs`, the names of the measured side
 and of the one that ratios are taken to unless `targets`, {name: wanted ratio}, has others; and
-`rivals`, {name: None if not installed, else {"ms", "nfe", "nfe_backward", maybe "error"}}."""
+`rivals`, {name: {"ms", "nfe", "nfe_backward", maybe "error"}, or None if not installed, or why it
+is not there}."""
 
 
 def comparison(title: str, cases: Iterable[Info]) -> Sheet:
@@ -79,7 +80,7 @@ def details(title: str, cases: Iterable[Info]) -> Sheet:
     sheet = Sheet(title, ["case", "solver", "NFE", "error", "ms"], left=2)
     for info in cases:
         for name, rival in info["rivals"].items():
-            if rival:
+            if rival and not isinstance(rival, str):
                 cells = [evaluations(rival), _error(rival), _milliseconds(info["rivals"], name)]
                 sheet.rows.append([info["case"], name, *cells])
     return sheet
@@ -95,17 +96,17 @@ def _merged(lists: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(name for names in lists for name in names))
 
 
-def _milliseconds(rivals: Mapping[str, Info | None], name: str) -> str:
-    if name not in rivals:
-        return NOTHING
-    rival = rivals[name]
+def _milliseconds(rivals: Mapping[str, Info | str | None], name: str) -> str:
+    rival = rivals.get(name, NOTHING)
+    if isinstance(rival, str):
+        return rival
     return f"{rival['ms']:.3f}" if rival else MISSING
 
 
 def _ratio(info: Info, name: str) -> str:
     """How many times as long the other one takes, and whether that is what was wanted."""
     rival = info["rivals"].get(name)
-    if not rival:
+    if not rival or isinstance(rival, str):
         return NOTHING
     ratio = rival["ms"] / info["rivals"][info["ours"]]["ms"]
     target = info["targets"].get(name)
