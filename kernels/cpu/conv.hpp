@@ -1,13 +1,13 @@
 // Convolutions 1x1, 3x3 and 1x1 as a field on images; t is the first input channel of each.
 //
 // The 3x3 convolution is Winograd's F(2x2, 3x3) (Lavin, Gray, Fast Algorithms for Convolutional
-// Neural Networks, 2016, section 4.1): 16 products make 4 outputs instead of 36, and with factors of
-// 1/2 the rounding error is about that of the sum as written. Larger tiles lose digits.
+// Neural Networks, 2016, section 4.1): 16 products make 4 outputs instead of 36, and with no factors
+// but 1/2 the rounding error is about that of the sum as written. Larger tiles lose digits.
 //
-// Images are [channels, height, width]; inside, a lane is a filter and a pixel has `padded` of them.
-// Images are cut into strips, some rows of tiles of 2x2 pixels. A strip goes through all layers
-// while it is in the cache, and its size depends on the shape alone. What a neighbour's
-// row needs of the first layer is computed twice.
+// Images are [channels, height, width]. Inside, a lane is a filter, and a pixel's filters lie
+// together. Images are cut into strips, some rows of tiles of 2x2 pixels, by their shape alone. A
+// strip goes through all layers while it is in the cache; the rows of pixels next to it go through
+// the first layer twice, for either strip.
 #pragma once
 
 #include <algorithm>
@@ -211,7 +211,10 @@ inline void transform_weights(const double* w, double* u) {
   };
   double columns[12];
   for (int j = 0; j < 3; ++j) g(w[j], w[3 + j], w[6 + j], columns + j, 3);
-  for (int i = 0; i < 4; ++i) g(columns[3 * i], columns[3 * i + 1], columns[3 * i + 2], u + 4 * i, 1);
+  for (int i = 0; i < 4; ++i) {
+    const double* c = columns + 3 * i;
+    g(c[0], c[1], c[2], u + 4 * i, 1);
+  }
 }
 
 // G^T u G, the cotangent of the kernel; plane[i] is entry i of u.
@@ -640,8 +643,8 @@ class Convolutions {
                 Workspace& w, T* out) const {
     for_pieces(layout, strip, [&](int first, int count) {
       for_runs(layout, first, count, [&](int row, int column, int run, int index) {
-        transform_inputs(patch + 2 * row * layout.row + 2 * column * pixel_, layout.row, pixel_, run,
-                         w.v + index * pixel_, layout.plane);
+        const T* corner = patch + 2 * row * layout.row + 2 * column * pixel_;
+        transform_inputs(corner, layout.row, pixel_, run, w.v + index * pixel_, layout.plane);
       });
       multiply(u, count, layout, w);
       for_runs(layout, first, count, [&](int row, int column, int run, int index) {
