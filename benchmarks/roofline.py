@@ -12,15 +12,8 @@ call from Python.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -30,9 +23,9 @@ from rich.table import Table
 
 import anode_fast
 from anode_fast import MLPField
-from anode_fast.kernels.cpu import library
 from anode_fast.spec import MLPSpec
-from benchmarks import machine
+from benchmarks import machine, roofline_conv
+from benchmarks.peak import peak_flops
 
 DIM = 7
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
@@ -53,6 +46,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--batch", type=int, nargs="+", default=[64, 1024, 16384], help="default 64 1024 16384"
     )
     parser.add_argument(
+        "--conv",
+        action="store_true",
+        help="instead: the paper's fields for images, on this CPU and as bounds of a GPU; of the "
+        "other options it takes --seconds alone",
+    )
+    parser.add_argument(
         "--width", type=int, nargs="+", default=[32, 64, 128, 256], help="default 32 64 128 256"
     )
     parser.add_argument(
@@ -66,6 +65,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the benchmark as the command line says."""
+    if args.conv:
+        roofline_conv.run(args.seconds, Console())
+        return
     run(args.batch, args.width, args.dtype, args.seconds, Console())
 
 
@@ -201,47 +203,6 @@ def measure(batch: int, width: int, dtype: torch.dtype, gradient: bool, seconds:
         nfe_backward=stats.nfe_backward,
     )
     return Measured(batch, width, gradient, stats.backend, *counts, median(runs), flops)
-
-
-def peak_flops(dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of one core, by fused multiply-adds on registers alone.
-
-    The library that solves measures it; where it is missing, a compiler makes one that does.
-
-    Raises:
-        OSError: Neither is there.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        found = library.load()
-        if found is None or not hasattr(found, "anode_peak_flops"):
-            found = ctypes.CDLL(str(_compile(Path(folder))))
-        function = found.anode_peak_flops
-        function.argtypes, function.restype = [ctypes.c_int, ctypes.c_double], ctypes.c_double
-        return function(dtype == torch.float64, seconds)
-
-
-_SOURCE = """
-#include "peak.hpp"
-extern "C" double anode_peak_flops(int float64, double seconds) {
-  return float64 ? anode::peak_flops<double>(seconds) : anode::peak_flops<float>(seconds);
-}
-"""
-
-
-def _compile(folder: Path) -> Path:
-    """A library with anode_peak_flops, for this very machine."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        raise OSError("the CPU library is not built, and there is no C++ compiler")
-    source, product = folder / "peak.cpp", folder / "libpeak.so"
-    source.write_text(_SOURCE)
-    flags = "-std=c++17 -O3 -march=native -ffp-contract=fast -shared -fPIC".split()
-    headers = str(Path(library.__file__).parent)
-    command = [*shlex.split(compiler), *flags, "-I", headers, str(source), "-o", str(product)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return product
 
 
 # ---- table

@@ -17,7 +17,7 @@ from torch import nn
 import anode_fast
 from anode_fast import MLPField, ODENet
 from anode_fast.spec import MLPSpec
-from benchmarks import machine, roofline
+from benchmarks import machine, peak, roofline
 from benchmarks.__main__ import main
 from benchmarks.baselines import TorchdiffeqBlock, with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
@@ -645,7 +645,7 @@ def test_peak_is_what_a_core_can_do():
 
 
 def test_roofline_without_library_and_compiler_says_so(monkeypatch):
-    monkeypatch.setattr(roofline.library, "load", lambda: None)
+    monkeypatch.setattr(peak.library, "load", lambda: None)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="roofline: no peak .* no C\\+\\+ compiler"):

@@ -64,12 +64,17 @@ class ConvCase(Case):
         return ", ".join(word for word in words if word)
 
     @property
+    def options(self) -> dict[str, float]:
+        """Of the method; Euler's takes four steps."""
+        return {"step_size": 0.25} if self.method == "euler" else super().options
+
+    @property
     def channels(self) -> int:
         """Of the state."""
         return self.data_channels + self.augmented
 
     @property
-    def field(self) -> ConvField:
+    def field(self) -> ConvField:  # type: ignore[override]
         """The field, with the same weights each time."""
         torch.manual_seed(0)
         return ConvField(self.channels, self.width).to(self.device)
@@ -111,7 +116,7 @@ class ChannelsLast(nn.Module):
 
     def __init__(self, field: ConvField) -> None:
         super().__init__()
-        self.inner = field.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.inner = field.to(memory_format=torch.channels_last)
 
     @property
     def nfe(self) -> int:
