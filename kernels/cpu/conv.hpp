@@ -117,6 +117,54 @@ void product(int rows, int depth, Left<T> left, Right<T> right, Start<T> start, 
   }
 }
 
+// out[c * stride + i] = bias[c] + sum over lanes of weights[c] * in[i], for `pixels` pixels i and
+// `channels` channels c; weights and pixels have `pixel` numbers. Sums are over lanes, so a vector of
+// outputs is one channel of neighbouring pixels, as images have them. `bias` may be null.
+template <class T>
+void reduce(const T* in, int pixel, int pixels, const T* weights, const T* bias, int channels,
+            T* out, std::ptrdiff_t stride) {
+  constexpr int kWidth = kLanes<T>;
+  for (int first = 0; first < pixels; first += kWidth, in += kWidth * pixel) {
+    const int count = std::min(kWidth, pixels - first);
+    for (int c = 0; c < channels; ++c) {
+      Vec<T> sums[kWidth];
+      unrolled<kWidth>([&](auto i) ANODE_INLINE { sums[i] = Vec<T>{}; });
+      for (int lane = 0; lane < pixel; lane += kWidth) {
+        const Vec<T> w = load(weights + c * pixel + lane);
+        if (count == kWidth) {
+          unrolled<kWidth>([&](auto i) ANODE_INLINE {
+            sums[i] += w * load(in + i * pixel + lane);
+          });
+        } else {
+          // The last pixel again where there is none.
+          unrolled<kWidth>([&](auto i) ANODE_INLINE {
+            sums[i] += w * load(in + std::min<int>(i, count - 1) * pixel + lane);
+          });
+        }
+      }
+      Vec<T> total = sum_each<T>(sums);
+      if (bias) total += bias[c];
+      T* to = out + c * stride + first;
+      if (count == kWidth) {
+        store(to, total);
+      } else {
+        for (int i = 0; i < count; ++i) to[i] = total[i];
+      }
+    }
+  }
+}
+
+template <class T>
+T sum_of(const T* x, std::ptrdiff_t count) {
+  Vec<T> sums{};
+  std::ptrdiff_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) sums += load(x + i);
+  T sum = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) sum += sums[lane];
+  for (; i < count; ++i) sum += x[i];
+  return sum;
+}
+
 // --- Winograd's transforms ------------------------------------------------------------------------
 // A tile has 4x4 inputs and 2x2 outputs. Its 16 transformed numbers lie in 16 planes, each [tiles,
 // pixel], `pixel` numbers a tile.
@@ -289,7 +337,7 @@ class Convolutions {
         filters_(shape.filters),
         pixel_(round_up(shape.filters, kLanes<T>)),
         state_(round_up(shape.channels, kLanes<T>)) {
-    pack_ends(parameters, differentiates);
+    pack_ends(parameters);
     pack_middle(parameters[2], parameters[3], differentiates);
   }
 
@@ -338,18 +386,17 @@ class Convolutions {
     });
     if (gradients.t) add_up_time(images, layout.strips, of_time, gradients.t);
     if (!of_parameters) return;
-    constexpr std::size_t kPart = 4096;  // a multiple of every vector width, as `size` is
-    parallel_for((size + kPart - 1) / kPart, [&](std::int64_t begin, std::int64_t end) {
-      T* total = sums.get();
-      const std::size_t last = std::min<std::size_t>(size, end * kPart);
-      for (std::int64_t g = 1; g < groups; ++g) {
-        const T* other = total + g * size;
-        for (std::size_t i = begin * kPart; i < last; i += kLanes<T>) {
-          store(total + i, load(total + i) + load(other + i));
+    // One unit for each input of the 3x3 convolution, and one for all the rest.
+    T* const* out = gradients.parameters;
+    parallel_for((out[2] ? filters_ : 0) + 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        if (i > 0) {
+          unpack_middle(sums.get(), groups, int(i - 1), out[2]);
+        } else {
+          unpack_rest(sums.get(), groups, out);
         }
       }
     });
-    unpack(sums.get(), gradients.parameters);
   }
 
  private:
@@ -358,7 +405,7 @@ class Convolutions {
   static constexpr std::size_t kTransformBytes = std::size_t(1) << 18;
   static constexpr int kLeastTiles = 24, kMostTiles = 128;
   // Pixels that go through the activation and the last layer at once.
-  static constexpr int kBlockPixels = 60;
+  static constexpr int kBlockPixels = 64;
   // Memory of all groups' sums, and the most and least groups.
   static constexpr std::size_t kMostSumBytes = std::size_t(8) << 20;
   static constexpr std::int64_t kMostSums = 16, kLeastSums = 4;
@@ -400,7 +447,7 @@ class Convolutions {
                                    saves ? patch_size : 0,
                                    strip_size,
                                    saves ? strip_size + 2 * layout.width * pixel : 0,
-                                   kBlockPixels * (pixel + state),
+                                   kBlockPixels * pixel,
                                    plane,
                                    plane,
                                    pixel,
@@ -421,20 +468,20 @@ class Convolutions {
     }
   };
 
-  // Where the parts of a sum of weight gradients lie.
+  // Where the parts of a sum of weight gradients lie; u, of the transformed 3x3 weights, is the last.
   struct Sums {
-    std::size_t w1, b1, t1, u, b2, t2, w3, b3, t3, size;
+    std::size_t w1, b1, t1, b2, t2, w3, b3, t3, u, size;
   };
 
   // --- weights
 
-  void pack_ends(const T* const* parameters, bool differentiates) {
+  void pack_ends(const T* const* parameters) {
     const T *w1 = parameters[0], *b1 = parameters[1], *w3 = parameters[4], *b3 = parameters[5];
     const int in1 = lead_ + channels_, in3 = lead_ + filters_;
     w1_ = zeros(channels_ * pixel_);
     b1_ = zeros(pixel_);
     t1_ = zeros(pixel_);
-    w3_ = zeros(filters_ * state_);
+    w3_ = zeros(channels_ * pixel_);
     b3_ = zeros(state_);
     t3_ = zeros(state_);
     for (int k = 0; k < filters_; ++k) {
@@ -445,18 +492,10 @@ class Convolutions {
       b3_.get()[c] = b3[c];
       if (lead_) t3_.get()[c] = w3[c * in3];
     }
-    if (differentiates) {
-      w1_back_ = zeros(filters_ * state_);
-      w3_back_ = zeros(channels_ * pixel_);
-    }
     for (int k = 0; k < filters_; ++k) {
       for (int c = 0; c < channels_; ++c) {
-        const T first = w1[k * in1 + lead_ + c], last = w3[c * in3 + lead_ + k];
-        w1_.get()[c * pixel_ + k] = first;
-        w3_.get()[k * state_ + c] = last;
-        if (!differentiates) continue;
-        w1_back_.get()[k * state_ + c] = first;
-        w3_back_.get()[c * pixel_ + k] = last;
+        w1_.get()[c * pixel_ + k] = w1[k * in1 + lead_ + c];
+        w3_.get()[c * pixel_ + k] = w3[c * in3 + lead_ + k];
       }
     }
   }
@@ -678,16 +717,6 @@ class Convolutions {
     }
   }
 
-  // A 1x1 convolution from pixels of filters, `hidden`, to channels of images, by weights
-  // [filters, state_].
-  void to_state(const T* hidden, int pixels, const T* weights, const T* bias, T* scratch, T* out,
-                std::ptrdiff_t size) const {
-    product<T>(pixels, filters_, {hidden, pixel_, 1}, {weights, state_, false}, {bias}, scratch);
-    for (int c = 0; c < channels_; ++c, out += size) {
-      for (int i = 0; i < pixels; ++i) out[i] = scratch[i * state_ + c];
-    }
-  }
-
   void evaluate_strip(const Images<T>& images, const Layout& layout, const Strip& strip,
                       Workspace& w, T* out, T* record) const {
     set_biases(images.t[strip.image * images.t_stride], w);
@@ -703,7 +732,7 @@ class Convolutions {
       T* hidden = rows + i * pixel_;
       if (copies) hidden = std::copy_n(hidden, count * pixel_, w.block) - count * pixel_;
       activate(activation_, hidden, std::size_t(count) * pixel_);
-      to_state(hidden, count, w3_.get(), w.bias3, w.block + kBlockPixels * pixel_, to + i, size);
+      reduce<T>(hidden, pixel_, count, w3_.get(), w.bias3, channels_, to + i, size);
     }
   }
 
@@ -741,7 +770,7 @@ class Convolutions {
     std::fill_n(w.sum2, kBorders * pixel_, T(0));
     fill_patch(layout, strip, w.delta, [&](int row, T* to) {
       const T* g = state(images, cotangent, strip.image, row);
-      product<T>(images.width, channels_, {g, 1, size}, {w3_back_.get(), pixel_, false}, {}, to);
+      product<T>(images.width, channels_, {g, 1, size}, {w3_.get(), pixel_, false}, {}, to);
       const T* value = record + (strip.image * images.height + row) * row_size;
       const bool mine = row >= strip.first_row && row < strip.first_row + strip.rows;
       if (!kept) {
@@ -819,11 +848,9 @@ class Convolutions {
         product<T>(channels_, pixels, {y, size, 1}, {w.rows, pixel_, false}, {nullptr, true},
                    sum + sums_.w1);
       }
-      T* to = gradients.y;
-      if (to) to += y - images.y;
-      for (int i = 0; to && i < pixels; i += kBlockPixels) {
-        to_state(w.rows + std::ptrdiff_t(i) * pixel_, std::min(kBlockPixels, pixels - i),
-                 w1_back_.get(), nullptr, w.block, to + i, size);
+      if (gradients.y) {
+        T* to = gradients.y + (y - images.y);
+        reduce<T>(w.rows, pixel_, pixels, w1_.get(), nullptr, channels_, to, size);
       }
     }
     return add_biases(g, size, pixels, time, w, sum);
@@ -852,8 +879,7 @@ class Convolutions {
       }
     }
     for (int c = 0; c < channels_; ++c) {
-      T total = 0;
-      for (int i = 0; i < pixels; ++i) total += g[c * size + i];
+      const T total = sum_of(g + c * size, pixels);
       of_time += double(t3_.get()[c]) * double(total);
       if (!sum) continue;
       sum[sums_.b3 + c] += total;
@@ -879,18 +905,45 @@ class Convolutions {
     sums.w1 = take(channels_ * pixel_);
     sums.b1 = take(pixel_);
     sums.t1 = take(pixel_);
-    sums.u = take(std::size_t(16) * filters_ * pixel_);
     sums.b2 = take(pixel_);
     sums.t2 = take(9 * pixel_);
     sums.w3 = take(channels_ * pixel_);
     sums.b3 = take(state_);
     sums.t3 = take(state_);
+    sums.u = take(std::size_t(16) * filters_ * pixel_);
     return sums;
   }
 
-  // Writes a sum into tensors like the parameters, those excepted that are null.
-  void unpack(const T* sum, T* const* out) const {
+  // Adds to `count` numbers of the first group's sums those of the others, in their order.
+  void add_groups(T* first, std::int64_t groups, std::size_t count) const {
+    for (std::int64_t g = 1; g < groups; ++g) {
+      const T* other = first + g * sums_.size;
+      for (std::size_t i = 0; i < count; i += kLanes<T>) {
+        store(first + i, load(first + i) + load(other + i));
+      }
+    }
+  }
+
+  // Writes the gradient of the 3x3 weights of one input. Overwrites sums, here and below.
+  void unpack_middle(T* sums, std::int64_t groups, int input, T* weight) const {
+    const std::ptrdiff_t plane = std::ptrdiff_t(filters_) * pixel_;
+    const int in = lead_ + filters_;
+    T* from = sums + sums_.u + std::ptrdiff_t(input) * pixel_;
+    for (int xi = 0; xi < 16; ++xi) add_groups(from + xi * plane, groups, pixel_);
+    for (int lane = 0; lane < pixel_; lane += kLanes<T>) {
+      Vec<T> taps[9];
+      transform_weight_cotangent(from + lane, plane, taps);
+      for (int l = 0; l < std::min(kLanes<T>, filters_ - lane); ++l) {
+        T* to = weight + (std::size_t(lane + l) * in + lead_ + input) * 9;
+        unrolled<9>([&](auto tap) ANODE_INLINE { to[tap] = taps[tap][l]; });
+      }
+    }
+  }
+
+  // Writes all other gradients of parameters, those excepted that are null.
+  void unpack_rest(T* sum, std::int64_t groups, T* const* out) const {
     const int in1 = lead_ + channels_, in = lead_ + filters_;
+    add_groups(sum, groups, sums_.u);
     for (int k = 0; k < filters_; ++k) {
       if (out[1]) out[1][k] = sum[sums_.b1 + k];
       if (out[3]) out[3][k] = sum[sums_.b2 + k];
@@ -909,20 +962,6 @@ class Convolutions {
         out[4][c * in + lead_ + k] = sum[sums_.w3 + c * pixel_ + k];
       }
     }
-    if (!out[2]) return;
-    const std::ptrdiff_t plane = std::ptrdiff_t(filters_) * pixel_;
-    parallel_for(filters_, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        for (int lane = 0; lane < pixel_; lane += kLanes<T>) {
-          Vec<T> taps[9];
-          transform_weight_cotangent(sum + sums_.u + i * pixel_ + lane, plane, taps);
-          for (int l = 0; l < std::min(kLanes<T>, filters_ - lane); ++l) {
-            T* to = out[2] + (std::size_t(lane + l) * in + lead_ + i) * 9;
-            unrolled<9>([&](auto tap) ANODE_INLINE { to[tap] = taps[tap][l]; });
-          }
-        }
-      }
-    });
   }
 
   const ConvShape shape_;
@@ -931,9 +970,9 @@ class Convolutions {
   const int channels_, filters_;
   const int pixel_, state_;  // filters and channels, rounded up to full vectors
   const Sums sums_ = lay_out_sums();
-  Buffer<T> w1_, b1_, t1_, w3_, b3_, t3_;  // [in, out padded]; t: the weights of the time
-  Buffer<T> u_, b2_, share_;               // share: of t = 1 at a pixel of each border
-  Buffer<T> w1_back_, w3_back_, u_back_;
+  Buffer<T> w1_, b1_, t1_, w3_, b3_, t3_;  // w: [channels, pixel_]; t: the weights of the time
+  Buffer<T> u_, u_back_;                   // of the convolution, and of its transpose
+  Buffer<T> b2_, share_;                   // share: of t = 1 at a pixel of each border
 };
 
 }  // namespace anode
