@@ -150,7 +150,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--fast", action="store_true", help=f"{FAST['epochs']} epochs, about 10 s")
     parser.add_argument(
-        "--epochs", type=_positive, help=f"default {Config.epochs}; the paper trains for 50"
+        "--epochs", type=positive, help=f"default {Config.epochs}; the paper trains for 50"
     )
     parser.add_argument(
         "--gradient",
@@ -160,14 +160,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and batches")
     parser.add_argument("--out", type=Path, default=Path("results/quickstart"), help="folder")
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
-        "--threads", type=_positive, default=Config.threads, help=f"default {Config.threads}"
+        "--threads", type=positive, default=Config.threads, help=f"default {Config.threads}"
     )
     parser.set_defaults(run=main)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     """An argument that counts something."""
     value = int(text)
     if value < 1:
@@ -175,7 +175,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _device(text: str) -> str:
+def usable_device(text: str) -> str:
     """An argument that names a device which is there."""
     try:
         torch.empty(0, device=text)
