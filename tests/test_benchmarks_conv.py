@@ -15,6 +15,7 @@ from anode_fast import AugODEBlock, ConvField, ConvODENet
 from benchmarks import image_data, images, roofline_conv
 from benchmarks.__main__ import main
 from benchmarks.baselines import ConcatenatingConvField, with_torchdiffeq
+from benchmarks.gpu import images as gpu_images
 from benchmarks.gpu.bounds import Peak
 from benchmarks.image_data import Images
 from benchmarks.roofline_conv import MODELS, chain, fused, needed_flops
@@ -32,6 +33,7 @@ from benchmarks.train import Run
 from tests.helpers import assert_no_worse
 
 TINY = ConvCase(batch=3, width=4, augmented=2, size=6)
+EAGER = {"backend": "eager"}  # of torch.compile, which then compiles nothing
 
 
 # ---- the paper's field
@@ -77,7 +79,7 @@ def test_rivals_do_the_same_work(gradient):
         rivals = [
             with_paper_field(torchdiffeq.odeint, case),
             with_cheap_field(torchdiffeq.odeint, case),
-            with_compiled_field(case, backend="eager"),
+            with_compiled_field(case, **EAGER),
             AtPrecision(with_paper_field(torchdiffeq.odeint, case), "highest"),
         ]
         for rival in rivals:
@@ -109,7 +111,7 @@ def test_a_field_that_does_not_compile_is_told_in_the_table():
 
 @pytest.mark.filterwarnings("default")
 def test_training_steps_do_the_same_work_over_and_over():
-    steps = training_steps(TINY, backend="eager")
+    steps = training_steps(TINY, compiling=EAGER)
     assert list(steps) == ["anode_fast", "torchdiffeq", "compiled field"]
     first = steps["anode_fast"].observe()
     assert len(first.gradients) == 8 and all(x.abs().max() > 0 for x in first.gradients)
@@ -376,3 +378,47 @@ def test_the_command_takes_the_digits_and_draws(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Fashion-MNIST is not in" in text and "digits (scikit-learn, 8x8), 4x4" in text
     assert plot.stat().st_size > 1000 and (out / "images.jsonl").exists()
+
+
+# ---- on a card
+
+
+def conv_row(kind, precision="high", **ms):
+    names = {"ours": "anode_fast", "eager": "torchdiffeq", "compiled": "compiled field"}
+    solvers = {
+        names[key]: {"wall_ms": value, "nfe": 20, "nfe_backward": 19, "error": 1e-3}
+        for key, value in ms.items()
+    }
+    solvers["cheap field"] = {"note": "does not compile: Why"}
+    row = {"kind": kind, "model": "MNIST ANODE", "gradient": True, "precision": precision}
+    return {**row, "verdict": "passed", "note": "", "solvers": solvers}
+
+
+def test_goals_and_tables_of_a_card():
+    share = {"solver": "torchdiffeq, the paper's field", "seconds": 1e-3, "share": 0.25}
+    rows = [
+        conv_row(gpu_images.STEP, ours=10.0, eager=45.0, compiled=15.0),
+        conv_row(gpu_images.STEP, "highest", ours=10.0, eager=45.0),
+        conv_row(gpu_images.SOLVE, ours=8.0, eager=24.0),
+        {**conv_row(gpu_images.SHARE), "solvers": {}, "peak": 4e14, "shares": [share]},
+        {**conv_row(gpu_images.STEP), "solvers": {}, "verdict": "failed", "note": "why"},
+    ]
+    assert [line[1:] for line in gpu_images.goals(rows)] == [
+        (">= 4", "4.50", True),
+        (">= 2", "1.50", False),
+    ]
+    text = gpu_images.markdown(rows)
+    assert "| MNIST ANODE, training step, compiled field's time to ours | >= 2 | 1.50 | not" in text
+    assert "| MNIST ANODE, solve + gradient, high | anode_fast | 20 + 19 | 8.000 | - | 3.00" in text
+    assert "cheap field | does not compile: Why |" in text
+    assert "| torchdiffeq, the paper's field | 1.000 | 25.0% | 400 |" in text
+    assert "- MNIST ANODE, training step, high: failed: why" in text
+
+
+def test_the_goals_come_first_on_a_card():
+    (warm, _), (cases, workers) = gpu_images.plan()
+    assert workers == 1 and cases[0][0]["kind"] == gpu_images.STEP
+    assert [{**x, "warm": True} for x in cases[0] if x["kind"] != gpu_images.SHARE] == [
+        asked for group in warm for asked in group
+    ]
+    assert {x["model"] for x in cases[0]} <= set(MODELS)

@@ -32,7 +32,7 @@ from tests.helpers import assert_no_worse
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
 TORCH = importlib.metadata.version("torch")
-NAMES = ["build", "tests", "parity", "sanitizer", "timings", "profile"]
+NAMES = ["build", "tests", "parity", "sanitizer", "timings", "images", "profile"]
 
 
 def read(path):
@@ -88,7 +88,7 @@ def test_a_dry_run_compares_and_measures_nothing(dry):
     assert solvers["anode_fast, highest"]["nfe"] == solvers["torchdiffeq"]["nfe"] == 14
     assert solvers["anode_fast, highest"]["graph_ms"] is None
     text = (out / "summary.md").read_text()
-    assert "no card" in text and text.count("interpreted, not a measurement") == 3
+    assert "no card" in text and text.count("interpreted, not a measurement") == 5
     assert "skipped: compute-sanitizer is not installed" in text
     assert "_Solve" in (out / "profile-3.txt").read_text()
 

@@ -83,7 +83,7 @@ def race(asked: Row) -> Row:
         }
         if asked["kind"] == "race":
             makers |= _others(case)
-        solvers, rivals = _set_up(case, makers)
+        solvers, rivals = set_up(makers, case.error)
         for name, times in by_turns(rivals).items():
             solvers[name] |= times
         for name in ours.keys() & rivals.keys():
@@ -119,18 +119,23 @@ def _others(case: Case) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _set_up(
-    case: Case, makers: Mapping[str, Callable[[], Any]]
+def set_up(
+    makers: Mapping[str, Callable[[], Any]], error: Callable[[Tensor], float] | None = None
 ) -> tuple[dict[str, Row], dict[str, Any]]:
-    """Makes everybody and lets them solve once: what came out, and those that can."""
+    """Makes everybody and lets them solve once: what came out, and those that can.
+
+    Args:
+        makers: By name what makes a rival, None if it is not installed, or why there is none.
+        error: Of a solution.
+    """
     solvers: dict[str, Row] = {}
     rivals: dict[str, Any] = {}
     first = None
     for name, make in makers.items():
         try:
             rival = make()
-            if rival is None:
-                solvers[name] = {"note": "not installed"}
+            if rival is None or isinstance(rival, str):
+                solvers[name] = {"note": rival or "not installed"}
                 continue
             torch.set_num_threads(rival.threads)
             outcome = rival.observe()
@@ -142,7 +147,7 @@ def _set_up(
         solvers[name] = {
             "nfe": outcome.nfe,
             "nfe_backward": outcome.nfe_backward,
-            "error": case.error(outcome.y1),
+            "error": error(outcome.y1) if error else None,
             "agrees": outcome.agrees_with(first),
         }
     return solvers, rivals
@@ -162,11 +167,11 @@ def counts(case: Case, precision: str) -> Row:
     return {name: getattr(kept[0], name) for name in ("accepted", "rejected", "launches")}
 
 
-def by_turns(rivals: Mapping[str, Any]) -> dict[str, Row]:
+def by_turns(rivals: Mapping[str, Any], seconds: float = SECONDS) -> dict[str, Row]:
     """Median milliseconds of each: some runs of one, then of the next, over and over."""
     wall: dict[str, list[float]] = {name: [] for name in rivals}
     event: dict[str, list[float]] = {name: [] for name in rivals}
-    end = time.perf_counter() + SECONDS
+    end = time.perf_counter() + seconds
     for turn in range(MOST_TURNS):
         for name, rival in rivals.items():
             torch.set_num_threads(rival.threads)

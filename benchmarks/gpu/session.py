@@ -57,13 +57,14 @@ def _step(name: str, module: str, seconds: float) -> Step:
 
 
 STEPS = (
-    _step("build", "build", 90),
-    _step("tests", "suite", 130),
-    _step("parity", "parity", 130),
-    _step("sanitizer", "sanitizer", 60),
-    _step("timings", "timings", 140),
-    _step("profile", "profiles", 35),
-)  # 585 seconds
+    _step("build", "build", 85),
+    _step("tests", "suite", 125),
+    _step("parity", "parity", 115),
+    _step("sanitizer", "sanitizer", 50),
+    _step("timings", "timings", 115),
+    _step("images", "images", 75),
+    _step("profile", "profiles", 30),
+)  # 595 seconds
 
 
 def run(steps: Sequence[Step], out: Path) -> list[Row]:

@@ -8,8 +8,9 @@ weights channels last, as oneDNN and cuDNN like them best.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -201,20 +202,27 @@ class TrainingStep:
         return Outcome(outputs.detach().cpu(), found, stats.nfe, stats.nfe_backward)
 
 
-def training_steps(case: ConvCase, *, compiled: bool = True, **options: Any) -> dict[str, Any]:
-    """Our step, torchdiffeq's with the paper's field, and that with it compiled, by name."""
+def training_steps(
+    case: ConvCase, backend: str = "auto", compiling: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, TrainingStep]:
+    """Our step, torchdiffeq's with the paper's field, and that with it compiled, by name.
+
+    Args:
+        case: The images and the field.
+        backend: Of our side.
+        compiling: Options of torch.compile.
+    """
     torch.manual_seed(0)
-    net = ConvODENet(
-        (case.data_channels, case.size, case.size), case.width, CLASSES, case.augmented, **TOLERANCE
-    ).to(case.device)
+    shape = case.data_channels, case.size, case.size
+    settings = {"backend": backend, **TOLERANCE}
+    net = ConvODENet(shape, case.width, CLASSES, case.augmented, **settings).to(case.device)
     nets: dict[str, ConvODENet] = {
         "anode_fast": net,
         "torchdiffeq": with_torchdiffeq(net, rewrite=ConcatenatingConvField),
+        "compiled field": with_torchdiffeq(
+            net, rewrite=lambda field: Compiled(ConcatenatingConvField(field), **compiling)
+        ),
     }
-    if compiled:
-        nets["compiled field"] = with_torchdiffeq(
-            net, rewrite=lambda field: Compiled(ConcatenatingConvField(field), **options)
-        )
     return {
         name: TrainingStep(net, case.images, threads=case.threads) for name, net in nets.items()
     }
