@@ -517,36 +517,41 @@ class Convolutions {
         share_.get()[border * pixel_ + k] = sum;
       }
     }
-    // In parallel over outputs, for large fields.
+    std::vector<Column> columns;
+    for (int k = 0; k < filters_; ++k) columns.push_back(packed_column(k));
     parallel_for(filters_, [&](std::int64_t begin, std::int64_t end) {
-      for (int out = int(begin); out < end; ++out) {
-        for (int i = 0; i < filters_; ++i) {
+      for (int i = 0; i < filters_; ++i) {
+        for (int out = int(begin); out < end; ++out) {
           const T* taps = weight + (std::size_t(out) * in + lead_ + i) * 9;
           double w[9], u[16];
           std::copy_n(taps, 9, w);
           transform_weights(w, u);
+          const std::size_t plane = std::size_t(filters_) * pixel_;
+          T* to = u_.get() + columns[out].begin + i * columns[out].stride;
+          for (int xi = 0; xi < 16; ++xi) to[xi * plane] = T(u[xi]);
+          if (!differentiates) continue;
+          // The kernel turned by 180 degrees: G's first and last rows change places.
+          constexpr int kTurned[] = {3, 1, 2, 0};
+          to = u_back_.get() + columns[i].begin + out * columns[i].stride;
           for (int xi = 0; xi < 16; ++xi) {
-            u_.get()[packed_index(xi, i, out)] = T(u[xi]);
-            // The kernel turned by 180 degrees: G's first and last rows change places.
-            constexpr int kTurned[] = {3, 1, 2, 0};
-            if (!differentiates) continue;
-            const int turned = kTurned[xi / 4] * 4 + kTurned[xi % 4];
-            u_back_.get()[packed_index(turned, out, i)] = T(u[xi]);
+            to[(kTurned[xi / 4] * 4 + kTurned[xi % 4]) * plane] = T(u[xi]);
           }
         }
       }
     });
   }
 
-  // Of plane `xi`'s entry [input][output].
-  std::size_t packed_index(int xi, int input, int output) const {
+  // Where an output's numbers lie in a packed plane: at begin + input * stride.
+  struct Column {
+    std::size_t begin, stride;
+  };
+
+  Column packed_column(int output) const {
     const int vectors = pixel_ / kLanes<T>;
     int p = 0;
     while (panel_begin(vectors, p + 1) * kLanes<T> <= output) ++p;
-    const int first = panel_begin(vectors, p) * kLanes<T>;
-    const int width = panel_begin(vectors, p + 1) * kLanes<T> - first;
-    return (std::size_t(xi) * pixel_ + first) * filters_ + std::size_t(input) * width + output -
-           first;
+    const std::size_t first = panel_begin(vectors, p) * kLanes<T>;
+    return {first * filters_ + output - first, panel_begin(vectors, p + 1) * kLanes<T> - first};
   }
 
   static Buffer<T> zeros(std::size_t size) {
@@ -730,7 +735,10 @@ class Convolutions {
     for (std::ptrdiff_t i = 0; i < pixels; i += kBlockPixels) {
       const int count = int(std::min<std::ptrdiff_t>(kBlockPixels, pixels - i));
       T* hidden = rows + i * pixel_;
-      if (copies) hidden = std::copy_n(hidden, count * pixel_, w.block) - count * pixel_;
+      if (copies) {
+        std::copy_n(hidden, count * pixel_, w.block);
+        hidden = w.block;
+      }
       activate(activation_, hidden, std::size_t(count) * pixel_);
       reduce<T>(hidden, pixel_, count, w3_.get(), w.bias3, channels_, to + i, size);
     }

@@ -50,10 +50,11 @@ class _Arguments(ctypes.Structure):
 class Packed:
     """Weights as the kernels read them. The memory belongs to the library and ends with this."""
 
-    __slots__ = ("_free", "address")
+    __slots__ = ("_free", "address", "differentiable")
 
-    def __init__(self, address: int, free: Callable[[int], None]) -> None:
+    def __init__(self, address: int, differentiable: bool, free: Callable[[int], None]) -> None:
         self.address = address
+        self.differentiable = differentiable
         self._free = free
 
     def __del__(self) -> None:
@@ -98,7 +99,7 @@ class Conv:
         address = self._pack(ctypes.byref(self._shape), is_double, pointers, differentiable)
         if not address:
             raise MemoryError("anode_fast: no memory for the weights")
-        return Packed(address, self._free)
+        return Packed(address, differentiable, self._free)
 
     def evaluate(
         self, packed: Packed, t: Tensor, y: Tensor, keep: bool
@@ -154,8 +155,11 @@ class Conv:
             The gradients of y, of t, and of the parameters; None where not wanted.
 
         Raises:
+            ValueError: The weights are not packed as differentiable.
             MemoryError: There is not enough.
         """
+        if not packed.differentiable:
+            raise ValueError("vjp: pack the weights with differentiable=True")
         arguments = self._arguments(t, y)
         arguments.record, arguments.cotangent = record.data_ptr(), cotangent.data_ptr()
         y_grad = t_grad = None

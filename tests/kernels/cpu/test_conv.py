@@ -224,7 +224,9 @@ def test_the_weights_are_copied():
     case = make(6, 20, (7, 9))
     kernels = conv.Conv(library.load(), case.field, torch.float64)
     packed = kernels.pack(case.parameters, differentiable=False)
-    before, _ = kernels.evaluate(packed, case.t, case.y, False)
+    before, record = kernels.evaluate(packed, case.t, case.y, True)
+    with pytest.raises(ValueError, match="differentiable=True"):
+        kernels.vjp(packed, record, case.t, case.y, case.cotangent)
     for p in case.parameters:
         p.zero_()
     assert same(before, kernels.evaluate(packed, case.t, case.y, False)[0])
