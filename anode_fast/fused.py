@@ -156,6 +156,8 @@ def why_not_adjoint(backend: str, problem: Problem, backward: AdjointOptions) ->
         if name in backward.options:
             return f"the adjoint ODE has the option {name}"
     is_adaptive = FAMILIES[backward.method] == ADAPTIVE
+    if backend == "triton" and problem.y0.dim() == 4 and not is_adaptive:
+        return "of a convolutional field's adjoint ODE the kernels know adaptive steps only"
     if backend == "triton" and is_adaptive and backward.options.get("norm") != "seminorm":
         return (
             "the adjoint ODE's norm includes the parameters; "

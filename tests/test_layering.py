@@ -26,6 +26,7 @@ ORDER = """
     anode_fast.kernels.gpu.by_stage
     anode_fast.kernels.gpu.launch
     anode_fast.kernels.gpu.host
+    anode_fast.kernels.gpu.reverse
     anode_fast.kernels.gpu.unwind
     anode_fast.kernels.gpu.combine
     anode_fast.kernels.gpu.continuous

@@ -7,7 +7,8 @@ and Triton binds and specialises their arguments as for a GPU. Neither a kernel'
 entry of the launch table can be forgotten here. A line is a kernel, for a field and a number of
 rows, on an architecture:
 
-    tile       rows of a program x its warps; N,K: its blocks, as in launch.py
+    tile       rows (or pixels) of a program x its warps; N,K: its blocks, as in launch.py; of a
+               convolutional field, padded filters and channels
     registers  of a thread
     spill      bytes of a thread's registers that go to memory, and the instructions that move them
     shared     bytes of a program
@@ -49,9 +50,22 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from anode_fast.kernels.gpu import adjoint, continuous, controller, host, launch, runge_kutta, solve
+from anode_fast.kernels.gpu import (
+    adjoint,
+    by_stage,
+    combine,
+    continuous,
+    controller,
+    conv,
+    host,
+    launch,
+    reverse,
+    runge_kutta,
+    solve,
+    unwind,
+)
 from anode_fast.kernels.gpu.launch import ARCHITECTURES, ONE_STEP_SIZE, WIDTHS, Launch, architecture
-from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, Field, Method
+from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, ConvField, Field, Method
 
 MODULE = "anode_fast.kernels.gpu.aot"
 PROCESSES = 2
@@ -61,10 +75,15 @@ MOST_SECONDS = 15.0
 MOST_SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a program may have. Of 80, what 86 and 89 have: its entries are theirs."""
 
-MOST_SPILLED = 152
+MOST_SPILLED = 168
 """Bytes of a thread's registers that may go to memory for fields and GPUs that the launch table was
-not made for first: what the feasibility study had to accept at worst. For fields of two hidden
-layers with a state of up to 16 columns, in float32 on a Hopper GPU, none may."""
+not made for first: what the feasibility study had to accept at worst (152), and a little more for
+the gradients of 128 filters in float64, whose sums alone take half of the registers. For fields of
+two hidden layers with a state of up to 16 columns, and for convolutional ones of up to 64 filters,
+in float32 on a Hopper GPU, none may."""
+
+REGISTERS, SHARED = 1 << 16, 227 << 10
+"""Of a multiprocessor of a Hopper GPU: registers, and bytes of shared memory."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +113,10 @@ class Case:
 
     Attributes:
         kernel: A key of `KERNELS`.
-        hidden, dim, layers, activation: The field's.
+        hidden, dim, layers, activation: The field's; of a convolutional one `hidden` are filters,
+            `dim` channels.
         precision: Of matrix products; "ieee" is float64.
-        rows: Of the batch.
+        rows: Of the batch, or images, of 28 x 28 pixels.
         arch: Compute capability, 90 for 9.0.
         stages: Of the method.
         launch: Instead of the table's.
@@ -119,8 +139,15 @@ class Case:
         return torch.float64 if self.precision == "ieee" else torch.float32
 
     @property
-    def field(self) -> Field:
+    def is_conv(self) -> bool:
+        """Whether the field is a convolutional one."""
+        return KERNELS[self.kernel].module in (conv, combine, unwind, reverse)
+
+    @property
+    def field(self) -> Field | ConvField:
         """The field."""
+        if self.is_conv:
+            return ConvField(self.dim, self.hidden, self.activation, True)
         return Field(self.dim, (self.hidden,) * self.layers, self.activation, True)
 
 
@@ -159,7 +186,28 @@ KERNELS = {
     "continuous": Kernel(continuous, "adaptive", "continuous", BATCH, "continuous", 2),
     "quadrature": Kernel(continuous, "quadrature", "continuous", BATCH, "continuous", 3),
     "reduce": Kernel(adjoint, "reduce", "", BATCH, "discrete", 0),
+    "conv_pack": Kernel(conv, "pack", "conv", BATCH, "forward", 0),
+    "conv_begin": Kernel(combine, "begin", "conv", BATCH, "forward", 0),
+    "conv_begin_fixed": Kernel(combine, "begin", "conv", FIXED, "forward", 0),
+    "conv_first_layer": Kernel(conv, "first_layer", "conv", BATCH, "forward", 0),
+    "conv_stage": Kernel(combine, "stage", "conv", BATCH, "forward", 1),
+    "conv_finish": Kernel(combine, "finish", "conv", SAMPLE, "forward", 0),
+    "conv_finish_fixed": Kernel(combine, "finish", "conv", FIXED, "forward", 0),
+    "conv_rewind": Kernel(unwind, "rewind", "conv", SAMPLE, "discrete", 0),
+    "conv_rewind_fixed": Kernel(unwind, "rewind", "conv", FIXED, "discrete", 0),
+    "conv_cotangent": Kernel(unwind, "cotangent", "conv", BATCH, "discrete", 0),
+    "conv_outer": Kernel(conv, "vjp_outer", "conv", BATCH, "discrete", 1),
+    "conv_inner": Kernel(conv, "vjp_inner", "conv", BATCH, "discrete", 1),
+    "conv_weights": Kernel(conv, "vjp_weights", "conv", BATCH, "discrete", 1),
+    "conv_gather": Kernel(unwind, "gather", "conv", BATCH, "discrete", 0),
+    "conv_back_begin": Kernel(reverse, "begin", "conv", BATCH, "continuous", 0),
+    "conv_back_advance": Kernel(reverse, "advance", "conv", BATCH, "continuous", 0),
+    "conv_back_finish": Kernel(reverse, "finish", "conv", BATCH, "continuous", 0),
+    "conv_commit": Kernel(reverse, "commit", "conv", BATCH, "continuous", 0),
 }
+
+IMAGE = 28, 28
+"""Height and width of images."""
 
 
 @dataclass
@@ -184,6 +232,7 @@ class _Notes:
             if "control" in arguments:  # or the solve would go on
                 state = arguments["control"]
                 state[..., controller.STATUS.value] = controller.SUCCESS.value
+                state[..., controller.ACCEPTED.value] = 1
                 state[..., controller.OUTPUT.value] = arguments.get("num_times", 0)
 
         return note
@@ -196,9 +245,14 @@ def _method(stages: int) -> Method:
     return Method(5, zeros, rows, zeros, zeros, [[0.0] * 4] * stages, True)
 
 
-def _parameters(field: Field, dtype: torch.dtype) -> list[Tensor]:
+def _parameters(field: Field | ConvField, dtype: torch.dtype) -> list[Tensor]:
     """Weights and biases, which nobody reads."""
     shapes: list[tuple[int, ...]] = []
+    if isinstance(field, ConvField):
+        C, K = field.channels, field.filters
+        for weight in ((K, 1 + C, 1, 1), (K, 1 + K, 3, 3), (C, 1 + K, 1, 1)):
+            shapes += [weight, weight[:1]]
+        return [torch.empty(shape, dtype=dtype) for shape in shapes]
     inputs = field.dim + field.time_dependent
     for outputs in (*field.hidden, field.dim):
         shapes += [(outputs, inputs), (outputs,)]
@@ -215,6 +269,7 @@ def _assumed(case: Case) -> Iterator[list[Noted]]:
         stack.callback(torch.set_float32_matmul_precision, before)
         torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
         stack.enter_context(mock.patch.object(host, "capability", lambda device: case.arch))
+        stack.enter_context(mock.patch.object(host, "never_waits", lambda device: True))
         if case.launch:
             stack.callback(launch.configuration.cache_clear)
             launch.configuration.cache_clear()
@@ -229,7 +284,8 @@ def noted_launches(case: Case) -> list[Noted]:
     """All launches of the solve, or of its gradient, that the case's kernel is part of."""
     kernel, dtype, times = KERNELS[case.kernel], case.dtype, (0.0, 0.5, 1.0)
     parameters = _parameters(case.field, dtype)
-    x = torch.empty((case.rows, min(2, case.dim)), dtype=dtype)
+    shape = (case.rows, min(2, case.dim), *(IMAGE if case.is_conv else ()))
+    x = torch.empty(shape, dtype=dtype)
     is_fixed = kernel.control == FIXED
     options: dict[str, float] = dict(
         **dict(control=kernel.control, data_dim=x.shape[1], backwards=False, float_time=False),
@@ -237,7 +293,8 @@ def noted_launches(case: Case) -> list[Noted]:
         **dict(safety=0.9, ifactor=10.0, dfactor=0.2),
     )
     with _assumed(case) as launches:
-        made = solve.Solve(case.field, _method(case.stages), dtype, **options)
+        make = by_stage.Solve if case.is_conv else solve.Solve
+        made = make(case.field, _method(case.stages), dtype, **options)
         out, _, kept = made.forward(x, parameters, times, times if is_fixed else (), keep=True)
         grad = torch.empty_like(out)
         if kernel.call == "discrete":
@@ -336,8 +393,8 @@ def _bound(case: Case, rows: int) -> float:
     """The column `bound`, in us."""
     peak = PEAKS[architecture(case.arch)]
     inputs, H = case.dim + 1, case.hidden
-    madds = rows * H * (inputs + case.dim + (case.layers - 1) * H)
-    madds *= KERNELS[case.kernel].products * (case.stages - 1)
+    madds = rows * H * (inputs + case.dim + (9 if case.is_conv else case.layers - 1) * H)
+    madds *= KERNELS[case.kernel].products * (1 if case.is_conv else case.stages - 1)
     madds *= 3 if case.precision == "tf32x3" else 1
     rate = peak.float64 if case.precision == "ieee" else peak.tf32
     return 2 * madds / (rate / peak.multiprocessors) / 1e6
@@ -355,9 +412,10 @@ def compiled(case: Case) -> tuple[Report, str]:
         report.seconds = _seconds() - begin
         report.shared = kernel.metadata.shared
         report.warps = kernel.metadata.num_warps
-        if "F" in noted.arguments:
+        if {"F", "B"} <= set(noted.arguments):
             F, report.rows = noted.arguments["F"], noted.arguments["B"]
-            report.N, report.K, report.bound = F.N, F.K, _bound(case, report.rows)
+            report.bound = _bound(case, report.rows)
+            report.N, report.K = F.N, F.D if case.is_conv else F.K
         text = _disassembled(kernel.asm["cubin"])
         for name, value in parsed(text).items():
             setattr(report, name, value)
@@ -396,9 +454,10 @@ def _selection() -> Iterator[Case]:
             yield Case("adaptive", H, precision, 64, arch)
             yield Case("gradient_by_row", H, precision, 64, arch)
         yield Case("by_row", H, "tf32x3", LARGE, arch)
-    for arch, kernel in itertools.product(ARCHITECTURES, KERNELS):
+    for arch, kernel in itertools.product(ARCHITECTURES, _kernels(conv=False)):
         # Those that are not above, once on each architecture.
         yield Case(kernel, {80: 16, 90: 32, 100: 64}[arch], "tf32x3", LARGE, arch)
+    yield from _images()
     for kernel in ("adaptive", "gradient_by_row", "continuous"):
         yield Case(kernel, 64, dim=64)
         yield Case(kernel, 32, layers=4)
@@ -410,9 +469,38 @@ def _selection() -> Iterator[Case]:
         yield Case("gradient_batch", activation=activation)
 
 
+def _kernels(conv: bool) -> list[str]:
+    """Those of convolutional fields, or the others."""
+    return [name for name in KERNELS if Case(name).is_conv == conv]
+
+
+def _images() -> Iterator[Case]:
+    """The paper's models of MNIST, and one of CIFAR10; other activations; float64."""
+    for arch in ARCHITECTURES:
+        for kernel in _kernels(conv=True):
+            yield Case(kernel, 64, "tf32x3", 256, arch, dim=6)
+        for kernel in ("conv_stage", "conv_outer", "conv_inner", "conv_weights"):
+            yield Case(kernel, 64, "tf32", 256, arch, dim=6, activation=0)
+            yield Case(kernel, 64, "tf32x3", 256, arch, dim=6, activation=0)
+            yield Case(kernel, 92, "tf32x3", 256, arch, dim=1, activation=0)
+    for kernel in ("conv_stage", "conv_outer", "conv_inner", "conv_weights"):
+        yield Case(kernel, 64, "tf32", 256, dim=13, activation=0)
+        yield Case(kernel, 125, "tf32", 256, dim=3, activation=0)
+        yield Case(kernel, 64, "tf32x3", 256, dim=64, activation=0)
+        yield Case(kernel, 92, "tf32x3", 256, dim=62, activation=0)
+        yield Case(kernel, 64, "ieee", 256, dim=6, activation=0)
+        yield Case(kernel, 92, "ieee", 256, dim=1, activation=0)
+
+
 def _everything() -> Iterator[Case]:
     """Every entry of the table; every activation, depth and padding; few stages and many."""
-    for arch, kernel, H in itertools.product(ARCHITECTURES, KERNELS, WIDTHS):
+    yield from _images()
+    for kernel, K, precision in itertools.product(
+        _kernels(conv=True), (16, 32, 64, 128), launch.PRECISIONS
+    ):
+        for arch, activation in itertools.product(ARCHITECTURES, (0, 1, 2)):
+            yield Case(kernel, K, precision, 256, arch, dim=6, activation=activation)
+    for arch, kernel, H in itertools.product(ARCHITECTURES, _kernels(conv=False), WIDTHS):
         for precision, rows in itertools.product(launch.PRECISIONS, ROWS):
             yield Case(kernel, H, precision, rows, arch)
         for rows in (32, LARGE):
@@ -424,7 +512,7 @@ def _everything() -> Iterator[Case]:
                 yield Case(kernel, H, "tf32x3", rows, arch, dim=dim)
             for stages in (2, 14):
                 yield Case(kernel, H, "tf32x3", rows, arch, stages=stages)
-    for arch, kernel, H in itertools.product(ARCHITECTURES, KERNELS, (20, 50, 100)):
+    for arch, kernel, H in itertools.product(ARCHITECTURES, _kernels(conv=False), (20, 50, 100)):
         yield Case(kernel, H, "tf32x3", LARGE, arch)
 
 
@@ -434,7 +522,10 @@ def _distinct(found: Iterable[Case]) -> list[Case]:
     for case in found:
         kind = KERNELS[case.kernel].kind
         key: tuple[object, ...] = (case.kernel, case.arch, case.stages)
-        if kind:
+        if case.is_conv:
+            part = "forward" if KERNELS[case.kernel].call == "forward" else "gradient"
+            key += launch.conv_configuration(*(part, case.field, *IMAGE, case.precision, case.arch))
+        elif kind:
             is_double = case.precision == "ieee"
             arguments = (kind, case.rows, case.field, case.precision, is_double, case.arch)
             configuration = launch.configuration(*arguments)
@@ -447,6 +538,11 @@ def _distinct(found: Iterable[Case]) -> list[Case]:
 # --- budgets --------------------------------------------------------------------------------------
 
 
+def _allotted(registers: int) -> int:
+    """Registers that a thread gets that needs so many."""
+    return max(1, -(-registers // 8) * 8)
+
+
 def breaches(report: Report) -> list[str]:
     """What of a report exceeds its budget, and what to do; nothing if nothing does."""
     case = report.case
@@ -454,6 +550,7 @@ def breaches(report: Report) -> list[str]:
         return [f"does not compile: {report.failure}"]
     shared = MOST_SHARED[architecture(case.arch)]
     is_first = case.arch == 90 and case.layers == 2 and case.dim <= 16 and case.stages <= 7
+    is_first &= case.hidden <= 64 or not case.is_conv
     spilled = 0 if is_first and case.precision != "ieee" else MOST_SPILLED
     smaller = "give its entry in launch.py fewer rows or smaller blocks"
     found = []
@@ -466,6 +563,13 @@ def breaches(report: Report) -> list[str]:
         found.append(f"takes {report.registers} registers, budget {MOST_REGISTERS}: {smaller}")
     if report.shared > shared:
         found.append(f"takes {report.shared} bytes of shared memory, budget {shared}: {smaller}")
+    if case.kernel == "conv_stage" and is_first and case.precision != "ieee":
+        fitting = REGISTERS // (32 * report.warps * _allotted(report.registers))
+        fitting = min(fitting, SHARED // (report.shared + 1024))
+        if fitting < 2:
+            found.append(
+                f"leaves room for {fitting} programs on a multiprocessor, budget 2: {smaller}"
+            )
     if report.seconds > MOST_SECONDS:
         found.append(
             f"takes {report.seconds:.1f} s to compile, budget {MOST_SECONDS:.0f} s: make loops of "

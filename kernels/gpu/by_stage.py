@@ -1,8 +1,8 @@
 """A solve on a GPU launch by launch, one for each stage: of fields whose pixels see each other.
 
-What solve.py is for the kernels of runge_kutta.py and adjoint.py, this is for those of combine.py
-and unwind.py with the field of conv.py. When it waits for the device, and what is left of a
-captured solve, is the same.
+What solve.py is for the kernels of runge_kutta.py, adjoint.py and continuous.py, this is for those
+of combine.py, unwind.py and reverse.py with the field of conv.py. When it waits for the device, and
+what is left of a captured solve, is the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import torch
 import triton
 from torch import Tensor
 
-from anode_fast.kernels.gpu import combine, controller, conv, host, launch, unwind
+from anode_fast.kernels.gpu import (
+    combine,
+    continuous,
+    controller,
+    conv,
+    host,
+    launch,
+    reverse,
+    unwind,
+)
 from anode_fast.kernels.gpu.launch import ConvLaunch
 from anode_fast.kernels.gpu.launch import why_not as why_not
 from anode_fast.kernels.interface import (
@@ -118,6 +127,7 @@ class Solve(host.Solver):
         super().__init__(method, dtype, **options)
         self.field = field
         self._rtol = options["rtol"]
+        self._back: dict[torch.device, Tensor] = {}
 
     # --- forward
 
@@ -152,11 +162,13 @@ class Solve(host.Solver):
         is_rough = wanted == "tf32" and self.control != FIXED
         return "tf32x3" if is_rough and self._rtol < LEAST_RTOL_OF_TF32 else wanted
 
-    def _layout(self, shape: Sequence[int], device: torch.device) -> Layout:
-        """Of a batch of images, [images, channels, height, width]."""
+    def _layout(
+        self, kernel: str, shape: Sequence[int], precision: str, device: torch.device
+    ) -> Layout:
+        """Of a batch of images, [images, channels, height, width], for forward or gradient."""
         images, _, height, width = shape
         F, config = launch.conv_configuration(
-            self.field, height, width, self._precision(), host.capability(device)
+            *(kernel, self.field, height, width, precision, host.capability(device))
         )
         groups, of_group = (images, 1) if self.control == SAMPLE and images else (1, images)
         pixels = of_group * height * width
@@ -183,11 +195,15 @@ class Solve(host.Solver):
         weights: tuple[Tensor, ...],
         hidden: Tensor,
         again: bool,
+        *,
+        time_flows_back: bool = False,
         **buffers: Tensor,
     ) -> list[Launching]:
         """Launches that evaluate stages."""
         F, found = layout.F, []
         tableau, settings = self._constants(buffers["states"].device)
+        if time_flows_back:
+            settings = self._reversed(settings)
         ring = buffers["arguments"].shape[0]
         for s in which:
             found += self._first_layer(s, layout, weights, hidden, buffers)
@@ -201,6 +217,14 @@ class Solve(host.Solver):
             )
             found.append((combine.stage, (layout.count,), arguments))
         return found
+
+    def _reversed(self, settings: Tensor) -> Tensor:
+        """The settings with the opposite sign of time, on their device."""
+        if settings.device not in self._back:
+            opposite = settings.clone()
+            opposite[controller.SIGN.value] *= -1
+            self._back[settings.device] = opposite
+        return self._back[settings.device]
 
     def _first_layer(
         self,
@@ -232,7 +256,7 @@ class Solve(host.Solver):
         grid: tuple[float, ...],
         keep: bool,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
-        layout = self._layout(x.shape, x.device)
+        layout = self._layout("forward", x.shape, self._precision(), x.device)
         F, S, is_fixed = layout.F, self.stages, self.control == FIXED
         is_captured = host.is_captured(x.device)
         num_steps = len(grid) - 1
@@ -416,7 +440,8 @@ class Solve(host.Solver):
         Returns:
             The gradient for x or None, those of the parameters (none if not wanted), the counts.
         """
-        layout, forward = checkpoints.layout, checkpoints.result
+        forward, precision = checkpoints.result, checkpoints.layout.F.precision
+        layout = self._layout("gradient", grad.shape[1:], precision, grad.device)
         F, S, is_fixed = layout.F, self.stages, self.control == FIXED
         state = (layout.total, F.D)
         tableau, settings = self._constants(grad.device)
@@ -471,19 +496,157 @@ class Solve(host.Solver):
                 if steps > 1:
                     launches += queue(1).launch(steps - 1)
                 launches += queue(0).launch(1)
-            images = {
-                name: value for name, value in shared.items() if name in unwind.gather.arg_names
-            }
-            unwind.gather[(layout.count,)](
-                adj_y=adj_y, x_grad=x_grad, DATA=self.data_dim, **images, **layout.launch.options
+            gather = dict(
+                **dict(adj_y=adj_y, grad=grad, x_grad=x_grad, DATA=self.data_dim),
+                **dict(B=layout.launch.pixels, D=F.D, **layout.of_images, **layout.launch.options),
             )
-            grads = product.gradients() if wanted else []
+            unwind.gather[(layout.count,)](**gather)
+            grads = product.gradients(product.sums[0]) if wanted else []
         result = host.Result(nfe=forward.nfe_again, launches=launches + 1)
         if found := forward.later:
             failed = checkpoints.control[:, host.STATUS] != controller.SUCCESS.value
             host.spoil(failed.any(), x_grad, *grads)
             result.later = lambda: dataclasses.replace(result, nfe=found().nfe_again, later=None)
         return x_grad if x is not None else None, grads, result
+
+    def continuous_gradient(
+        self,
+        solution: Tensor,
+        parameters: Sequence[Tensor],
+        times: Sequence[float],
+        grad: Tensor,
+        x: Tensor | None,
+        wanted: Sequence[bool],
+        grid: Sequence[float] = (),
+        seminorm: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor | None], host.Result]:
+        """The gradient of a solve by the adjoint ODE, which this method and these options solve.
+
+        The options `backwards` and `data_dim` are those of the solve itself, whatever its others.
+
+        Args:
+            solution: What the solve returned, contiguous.
+            parameters: As in `forward`.
+            times: Output times of the solve.
+            grad: Cotangent of the solution, contiguous.
+            x: A tensor like the gradient for x, if that is wanted.
+            wanted: Whether each parameter's gradient is wanted.
+            grid: Not used: steps are adaptive.
+            seminorm: Whether to leave the parameters' gradients out of the norm: they have to be.
+
+        Returns:
+            The gradient for x or None; those of the parameters, None where not wanted; the counts.
+
+        Raises:
+            ValueError: Fixed steps; or parameters' gradients are wanted, and in the norm.
+        """
+        if self.control == FIXED or (any(wanted) and not seminorm):
+            raise ValueError("of convolutional fields only adaptive steps by seminorm have kernels")
+        with host.on(grad.device):
+            x_grad, grads, result = self._continuous(
+                solution, parameters, tuple(times), grad, any(wanted)
+            )
+        found = [g if asked else None for g, asked in zip(grads, wanted, strict=True)]
+        return x_grad if x is not None else None, found, result
+
+    def _continuous(
+        self,
+        solution: Tensor,
+        parameters: Sequence[Tensor],
+        times: tuple[float, ...],
+        grad: Tensor,
+        wanted: bool,
+    ) -> tuple[Tensor, Sequence[Tensor | None], host.Result]:
+        layout = self._layout("gradient", grad.shape[1:], self._precision(), grad.device)
+        F, S, pieces = layout.F, self.stages, len(times) - 1
+        state, is_captured = (layout.total, F.D), host.is_captured(grad.device)
+        weights = self._packed(parameters, F)
+        product = _Product(layout, weights, grad, wanted, sets=S)
+        tableau, settings = self._constants(grad.device)
+        states = host.empty(grad, (2, 4, *state))
+        arguments, a_arguments = (host.empty(grad, (2, *state)) for _ in range(2))
+        stages, a_stages = (host.empty(grad, (S, *state)) for _ in range(2))
+        found = host.empty(grad, state)
+        of_time = host.empty(grad, (S, layout.count), torch.float64)
+        cursor = host.zeros(grad, (1, combine.CURSOR.value + S))
+        x_grad = host.empty(grad, (*grad.shape[1:2], self.data_dim, F.height, F.width))
+        begun = host.zeros(grad, (host.CONTROL + continuous.PROGRESS.value,))
+        control, progress = begun[: host.CONTROL], begun[host.CONTROL :]
+        totals = torch.zeros_like(product.sums[0])
+        shares = host.zeros(grad, (S + 1,))
+        of_solve = dict(
+            **dict(tableau=tableau, settings=settings, states=states, stages=stages),
+            **dict(a_stages=a_stages, cursor=cursor, S=S, B=layout.launch.pixels, D=F.D),
+            **layout.of_group,
+            **layout.launch.options,
+        )
+        shared = dict(
+            **dict(times=host.doubles(times, grad.device), num_times=len(times), grad=grad),
+            **dict(control=control, progress=progress, shares=shares),
+            **layout.of_images,
+        )
+        begin = dict(solution=solution, arguments=arguments, a_arguments=a_arguments)
+        finish = dict(
+            **dict(x_grad=x_grad, of_time=of_time, DATA=self.data_dim),
+            sums=host.empty(grad, (layout.count, continuous.SUMS.value), torch.float64),
+            arrivals=host.zeros(grad, (1,), torch.int32),
+        )
+        launches: list[Launching] = [(reverse.begin, (layout.count,), of_solve | shared | begin)]
+        buffers = dict(states=states, arguments=arguments, stages=stages, cursor=cursor)
+        for s in range(1, S):
+            launches += self._stages(
+                [s], layout, weights, product.hidden, False, time_flows_back=True, **buffers
+            )
+            launches += product.launches(
+                arguments[s % 2],
+                _moments(cursor, s),
+                found,
+                cotangent=a_arguments[s % 2],
+                of_time=of_time[s],
+                sums=s,
+            )
+            advance = of_solve | dict(s=s, a_arguments=a_arguments, product=found)
+            del advance["stages"]
+            launches.append((reverse.advance, (layout.count,), advance))
+        launches.append((reverse.finish, (layout.count,), of_solve | shared | finish))
+        if wanted:
+            count = product.sums.shape[1]
+            programs = triton.cdiv(count, reverse.BLOCK.value)
+            commit = dict(sums=product.sums, totals=totals, shares=shares, count=count, S=S)
+            launches.append((reverse.commit, (programs,), commit))
+        queued, made = host.Queue(launches, grad.device, CHUNKS), 1
+
+        def outcome() -> host.Result:
+            state = begun.tolist()
+            before = host.CONTROL + continuous.ACCEPTED_BEFORE.value
+            return host.Result(
+                status=int(state[host.STATUS]) - 1,
+                nfe=int(state[controller.NFE.value]),
+                accepted=int(state[controller.ACCEPTED.value] + state[before]),
+                rejected=int(state[controller.REJECTED.value] + state[before + 1]),
+                t=-state[controller.T.value],
+                dt=state[controller.DT.value],
+                launches=made,
+            )
+
+        def gradients() -> list[Tensor]:
+            if not wanted:
+                return []
+            # The kernels' a df/dy is in the solve's time, the integrals in the one that runs back.
+            sign = self._settings[controller.SIGN.value]
+            return product.gradients(sign * totals)
+
+        none: list[Tensor | None] = [None] * len(parameters)
+        if is_captured:
+            made += queued.launch(pieces * (self._captured_attempts() + 1) + 1)
+            grads = gradients()
+            host.spoil(control[host.STATUS] != controller.SUCCESS.value, x_grad, *grads)
+            return x_grad, grads or none, host.Result(launches=made, later=outcome)
+        while True:
+            made += queued.launch_chunk()
+            result = outcome()
+            if result.status != host.RUNNING:
+                return x_grad, gradients() or none, result
 
     def describe(self, shape: Sequence[int], device: torch.device) -> str:
         """How a batch of images is solved: tiles, launches, arithmetic.
@@ -492,7 +655,7 @@ class Solve(host.Solver):
             shape: [images, channels, height, width].
             device: Where it is.
         """
-        layout = self._layout(shape, device)
+        layout = self._layout("forward", shape, self._precision(), device)
         launches = self.stages + 1 + layout.F.through_memory * (self.stages - 1)
         steps = {FIXED: "fixed steps", BATCH: "one step size", SAMPLE: "a step size per image"}
         arithmetic = {
@@ -508,10 +671,23 @@ class Solve(host.Solver):
 
 
 class _Product:
-    """Vector-Jacobian products of a field, and the sums of its weights' gradients."""
+    """Vector-Jacobian products of a field, and the sums of its weights' gradients.
+
+    Args:
+        layout: Of the batch.
+        weights: Packed.
+        like: A tensor of the state's dtype, on its device.
+        wanted: Whether the weights' gradients are.
+        sets: Of sums.
+    """
 
     def __init__(
-        self, layout: Layout, weights: tuple[Tensor, ...], like: Tensor, wanted: bool
+        self,
+        layout: Layout,
+        weights: tuple[Tensor, ...],
+        like: Tensor,
+        wanted: bool,
+        sets: int = 1,
     ) -> None:
         F, N, D = layout.F, layout.F.N, layout.F.D
         self._layout = layout
@@ -523,79 +699,101 @@ class _Product:
         self.hidden = host.empty(like, (layout.total if F.through_memory else 0, N))
         self._deltas = host.empty(like, (layout.total, N))
         self._largest = host.empty(like, (layout.count, 2))
-        self._of_time = host.empty(like, (layout.count,), torch.float64)
-        inner, outer = (self._programs if wanted else 0,), self._weight_programs if wanted else 0
-        self._inner, self._outer, self._bias, self._middle, self._time = (
-            host.zeros(like, shape, like.dtype)
-            for shape in (
-                *((*inner, N, D), (*inner, N, D), (*inner, 2, D)),
-                *((outer, 9, N, N), (outer, conv.TAPS.value, N)),
-            )
+        self._shapes = dict(
+            inner=(self._programs, N, D),
+            outer=(self._programs, N, D),
+            bias=(self._programs, 2, D),
+            middle=(self._weight_programs, 9, N, N),
+            time=(self._weight_programs, conv.TAPS.value, N),
         )
+        size = sum(map(math.prod, self._shapes.values())) if wanted else 0
+        self.sums = host.zeros(like, (sets, size), like.dtype)
+
+    def _parts(self, sums: Tensor) -> dict[str, Tensor]:
+        """Of a set of sums those of each kind."""
+        if not self._wanted:
+            return dict.fromkeys(self._shapes, sums)
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        parts = zip(self._shapes.items(), sums.split(sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
 
     def launches(
-        self, x: Tensor, moments: dict[str, Any], found: Tensor, total: Tensor
+        self,
+        x: Tensor,
+        moments: dict[str, Any],
+        found: Tensor,
+        total: Tensor | None = None,
+        *,
+        cotangent: Tensor | None = None,
+        of_time: Tensor | None = None,
+        sums: int = 0,
     ) -> list[Launching]:
-        """Those that take the product of `cotangent` and add up gradients.
+        """Those that take a product and add up gradients.
 
         Args:
             x: Argument of the evaluation.
             moments: When it was.
             found: Gets the product.
             total: Gets it added.
+            cotangent: Of the value; `self.cotangent` if None.
+            of_time: Gets the product with respect to the time, of each tile.
+            sums: Number of the set.
         """
         layout, F = self._layout, self._layout.F
-        B = layout.launch.pixels
+        B, parts = layout.launch.pixels, self._parts(self.sums[sums])
         # A tile's neighbourhood is a row of pixels and one more on either side.
         near = 1 << (2 * triton.cdiv(F.width + 1, B)).bit_length()
+        is_timed = of_time is not None
         shared = dict(
             **dict(weights=self._weights, x=x, deltas=self._deltas, largest=self._largest),
             **dict(F=F, B=B, count=layout.count),
             **moments,
             **layout.of_group,
+            **layout.launch.options,
+        )
+        of_both = dict(
+            of_time=of_time if is_timed else self._largest,
+            **dict(programs=self._programs, WEIGHTS=self._wanted, TIME=is_timed),
+            **shared,
         )
         outer = dict(
-            **dict(hidden=self.hidden, cotangent=self.cotangent, of_time=self._of_time),
-            **dict(sums=self._outer, bias_sums=self._bias, programs=self._programs),
-            **dict(WEIGHTS=self._wanted, TIME=False),
-            **shared,
-            **layout.launch.options,
+            hidden=self.hidden,
+            cotangent=self.cotangent if cotangent is None else cotangent,
+            **dict(sums=parts["outer"], bias_sums=parts["bias"], **of_both),
         )
         inner = dict(
-            **dict(found=found, total=total, of_time=self._of_time, sums=self._inner),
-            **dict(programs=self._programs, NEAR=near, ADD=True, WEIGHTS=self._wanted, TIME=False),
-            **shared,
-            **layout.launch.options,
+            **dict(found=found, total=found if total is None else total, sums=parts["inner"]),
+            **dict(NEAR=near, ADD=total is not None, **of_both),
         )
         made: list[Launching] = [
             (conv.vjp_outer, (self._programs,), outer),
             (conv.vjp_inner, (self._programs,), inner),
         ]
         if self._wanted:
+            take = layout.launch.taps
             middle = dict(
-                **dict(hidden=self.hidden, sums=self._middle, time_sums=self._time),
-                **dict(programs=self._weight_programs, **shared, **layout.launch.options),
+                **dict(hidden=self.hidden, sums=parts["middle"], time_sums=parts["time"]),
+                **dict(programs=self._weight_programs, TAKE=take, **shared),
             )
-            middle["num_warps"] = layout.launch.weight_warps
-            made.append((conv.vjp_weights, (self._weight_programs, 3), middle))
+            made.append((conv.vjp_weights, (self._weight_programs, 9 // take), middle))
         return made
 
-    def gradients(self) -> list[Tensor]:
-        """Of all parameters, shaped as these are; sums in the order of programs."""
+    def gradients(self, sums: Tensor) -> list[Tensor]:
+        """Of all parameters, shaped as these are: the sums of all programs, in their order."""
         F = self._layout.F
         C, K = F.channels, F.filters
-        inner, outer, last = self._inner.sum(0)[:K], self._outer.sum(0)[:K, :C], self._bias.sum(0)
-        middle, time = self._middle.sum(0)[:, :K, :K], self._time.sum(0)[:, :K]
+        parts = {name: part.sum(0) for name, part in self._parts(sums).items()}
+        inner, outer, last = parts["inner"][:K], parts["outer"][:K, :C], parts["bias"]
+        middle, time = parts["middle"][:, :K, :K], parts["time"][:, :K]
         w1, w3 = inner[:, :C], outer.t()
         w2 = middle.permute(2, 1, 0)  # [outputs, inputs, taps]
-        bias = time[9].clone()
         if F.time:
             w1 = torch.cat([inner[:, C + 1 : C + 2], w1], 1)
             w2 = torch.cat([time[:9].t()[:, None], w2], 1)
             w3 = torch.cat([last[1, :C, None], w3], 1)
         return [
             *(w1.reshape(*w1.shape, 1, 1).contiguous(), inner[:, C].contiguous()),
-            *(w2.reshape(*w2.shape[:2], 3, 3).contiguous(), bias),
+            *(w2.reshape(*w2.shape[:2], 3, 3).contiguous(), time[9].contiguous()),
             *(w3.reshape(*w3.shape, 1, 1).contiguous(), last[0, :C].contiguous()),
         ]
 

@@ -329,24 +329,24 @@ def adaptive(
         if not LOOP:
             count = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
         if count == programs - 1:
-            _add_up(sums, programs, progress + TOTALS)
+            add_up(sums, programs, progress + TOTALS)
             tl.debug_barrier()
             if phase == STEP:
                 if KEEP:
                     tl.store(steps + 3 * slot, u)
                     tl.store(steps + 3 * slot + 1, u1)
                     tl.store(steps + 3 * slot + 2, output.to(tl.float64))
-                _after_attempt(
+                after_attempt(
                     control, progress, settings, tableau, u, dt, u1, output, num_times, size, end,
                     limit - before, S,
                 )  # fmt: skip
             elif phase == GUESS:
                 slope = tl.load(progress + TOTALS + 4)
                 change = slope - tl.load(progress + TIME_SLOPE)
-                difference = _norm(progress, 0, change, 0.0 * u, settings, size)
+                difference = norm(progress, 0, change, 0.0 * u, settings, size)
                 controller.after_guess(control, settings, u, dt, difference, end, limit)
             else:
-                _after_start(
+                after_start(
                     control, progress, settings, u, output, num_times, size, end, limit - before
                 )
             if not LOOP:
@@ -358,7 +358,7 @@ def adaptive(
 
 
 @triton.jit
-def _add_up(sums, programs, to):
+def add_up(sums, programs, to):
     """Adds the programs' sums, always in the same order. [SUMS]."""
     i = tl.arange(0, WAVE)[:, None]
     k = tl.arange(0, SUMS)
@@ -370,7 +370,7 @@ def _add_up(sums, programs, to):
 
 
 @triton.jit
-def _norm(progress, part, time, size_of_time, settings, size):
+def norm(progress, part, time, size_of_time, settings, size):
     """The largest of the norms of the gradient of t, y, and a; nan if one is nan.
 
     Args:
@@ -386,14 +386,14 @@ def _norm(progress, part, time, size_of_time, settings, size):
 
 
 @triton.jit
-def _after_start(control, progress, settings, u, output, num_times, size, end, capacity):
+def after_start(control, progress, settings, u, output, num_times, size, end, capacity):
     """After the first evaluation of a piece: the step to try, or what there is to choose it by."""
     slope = tl.load(progress + TOTALS + 4)
     is_finite = tl.load(progress + TOTALS + 5) == 0
     tl.store(progress + TIME_SLOPE, slope)
     if output == num_times - 1:
-        d0 = _norm(progress, 0, 0.0 * u, 0.0 * u, settings, size)
-        d1 = _norm(progress, 2, slope, 0.0 * u, settings, size)
+        d0 = norm(progress, 0, 0.0 * u, 0.0 * u, settings, size)
+        d1 = norm(progress, 2, slope, 0.0 * u, settings, size)
         controller.after_start(control, settings, u, d0, d1, is_finite, end, capacity)
     else:
         tl.store(control + NFE, tl.load(control + NFE) + 1)
@@ -409,7 +409,7 @@ def _after_start(control, progress, settings, u, output, num_times, size, end, c
 
 
 @triton.jit
-def _after_attempt(
+def after_attempt(
     control, progress, settings, tableau, u, dt, u1, output, num_times, size, end, capacity,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -419,7 +419,7 @@ def _after_attempt(
     change = slope * tl.load(tableau + S * S) + tl.load(progress + TOTALS + 2)
     error = slope * tl.load(tableau + (S + 2) * S) + tl.load(progress + TOTALS + 3)
     time1 = time + (u1 - u) * change
-    ratio = _norm(progress, 0, (u1 - u) * error, larger(time, time1), settings, size)
+    ratio = norm(progress, 0, (u1 - u) * error, larger(time, time1), settings, size)
     accepted = tl.load(control + ACCEPTED)
     tl.debug_barrier()  # which writes it
     controller.after_attempt(
@@ -518,15 +518,15 @@ def quadrature(
                 weights, records + s * SIZE, tableau, slopes, here, size, place, inside,
                 s, s, u, (u1 - u0).to(DTYPE), sign, EVALUATE, VJP, F, S, B, D,
             )  # fmt: skip
-            share = _share(tableau, s, u0, u1, end, S)
+            share = share_of(tableau, s, u0, u1, end, S)
             if follows & (s == S - 1):
-                share += _share(tableau, 0, u1, tl.load(at + 4), end, S)
+                share += share_of(tableau, 0, u1, tl.load(at + 4), end, S)
             tl.store(shares + s, share.to(DTYPE))
         ACCUMULATE(sums, records, shares, first, S, F, B, SIZE)
 
 
 @triton.jit
-def _share(tableau, s, u0, u1, end, S: tl.constexpr):
+def share_of(tableau, s, u0, u1, end, S: tl.constexpr):
     """Weight of stage s of a step in an integral from u0 to u1, or to the end if that is before."""
     inside = interpolant(tableau, s, (end - u0) / (u1 - u0), S)
     return (u1 - u0) * tl.where(u1 >= end, inside, tl.load(tableau + S * S + s))

@@ -503,10 +503,9 @@ def vjp_inner(
             back = 1.0
             if F.parts > 0:
                 tile = index % tiles
-                begin = tl.maximum(tile * B - F.width - 1, 0) // B
-                near = begin + tl.arange(0, NEAR)
-                mask = (near < tiles) & (near * B <= tile * B + B + F.width)
-                at = largest + 2 * (index - tile + near) + 1
+                others = tl.maximum(tile * B - F.width - 1, 0) // B + tl.arange(0, NEAR)
+                mask = (others < tiles) & (others * B <= tile * B + B + F.width)
+                at = largest + 2 * (index - tile + others) + 1
                 scale = fitting(tl.max(tl.load(at, mask=mask, other=0.0), 0))
                 back = 1.0 / (scale * tl.load(weights[W2_SCALE]))
             g = tl.zeros([B, N], T)
@@ -544,20 +543,21 @@ def vjp_inner(
 def vjp_weights(
     weights, hidden, x, deltas, largest, moments, sums, time_sums,
     moments_stride, pixels, tiles, count, programs,
-    F: tl.constexpr, B: tl.constexpr,
+    F: tl.constexpr, B: tl.constexpr, TAKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the 3x3 convolution; programs x 3, one for the taps of each row.
+    """Gradients of the 3x3 convolution; programs x 9 / TAKE.
 
     Args:
         weights, hidden, x, moments, moments_stride, pixels, tiles, count, programs: As for
             `vjp_outer`.
         deltas, largest: From there.
+        TAKE: Taps of a program, 1 or 3.
         sums: Of each program, [programs, 9, N, N]: of inputs for outputs. They go on.
         time_sums: The same of the time's weights, and in row 9 of the bias, [programs, TAPS, N].
     """
     N: tl.constexpr = F.N
     pid = tl.program_id(0)
-    row = tl.program_id(1)
+    tap = tl.program_id(1) * TAKE
     n = tl.arange(0, N)[None, :]
     m = tl.arange(0, N)[:, None]
     T: tl.constexpr = x.dtype.element_ty
@@ -575,43 +575,44 @@ def vjp_weights(
         h_scale = fitting(tl.max(most, 0))
         d_scale = fitting(tl.max(most_delta, 0))
         back = 1.0 / (h_scale * d_scale)
-    left = tl.zeros([N, N], T)
-    middle = tl.zeros([N, N], T)
-    right = tl.zeros([N, N], T)
+    total = tl.zeros([N, N], T)
+    second = tl.zeros([N, N], T)
+    third = tl.zeros([N, N], T)
     bias = tl.zeros([TAPS, N], T)
+    j = tl.arange(0, TAPS)[:, None]
+    is_mine = (j >= tap) & (j < tap + TAKE) & (j < 9)
     for index in range(pid, count, programs):
         group, first, p, inside = _tile(index, tiles, pixels, B)
         moment = tl.load(moments + group * moments_stride)
         if moment == moment:
             t = moment.to(T)
-            w1 = _first_weights(weights, t, F)
-            w1 = tl.trans(w1)
+            w1 = tl.trans(_first_weights(weights, t, F))
             at = deltas + first * N + tl.arange(0, B)[:, None] * N + n
             delta = tl.load(at, mask=inside[:, None], other=0.0)
-            h = _first_layer_transposed(weights, hidden, x, first, p, inside, w1, 3 * row, F, B)
-            left = _scaled_product(h, h_scale, delta, d_scale, left, F)
-            h = _first_layer_transposed(weights, hidden, x, first, p, inside, w1, 3 * row + 1, F, B)
-            middle = _scaled_product(h, h_scale, delta, d_scale, middle, F)
-            h = _first_layer_transposed(weights, hidden, x, first, p, inside, w1, 3 * row + 2, F, B)
-            right = _scaled_product(h, h_scale, delta, d_scale, right, F)
-            j = tl.arange(0, TAPS)[:, None]
-            has = has_tap(p[None, :], inside[None, :], j, F) & (j // 3 == row)
+            h = _first_layer_transposed(hidden, x, first, p, inside, w1, tap, F, B)
+            total = _scaled_product(h, h_scale, delta, d_scale, total, F)
+            if TAKE == 3:
+                h = _first_layer_transposed(hidden, x, first, p, inside, w1, tap + 1, F, B)
+                second = _scaled_product(h, h_scale, delta, d_scale, second, F)
+                h = _first_layer_transposed(hidden, x, first, p, inside, w1, tap + 2, F, B)
+                third = _scaled_product(h, h_scale, delta, d_scale, third, F)
+            has = has_tap(p[None, :], inside[None, :], j, F) & is_mine
             times = tl.where(has, t, tl.where((j == 9) & inside[None, :], 1.0, 0.0))
             bias = _product(times.to(T), delta, bias, F)
-    at = sums + pid * 9 * N * N + 3 * row * N * N + m * N + n
-    tl.store(at, tl.load(at) + left * back)
-    tl.store(at + N * N, tl.load(at + N * N) + middle * back)
-    tl.store(at + 2 * N * N, tl.load(at + 2 * N * N) + right * back)
-    j = tl.arange(0, TAPS)[:, None]
+    at = sums + (pid * 9 + tap) * N * N + m * N + n
+    tl.store(at, tl.load(at) + total * back)
+    if TAKE == 3:
+        tl.store(at + N * N, tl.load(at + N * N) + second * back)
+        tl.store(at + 2 * N * N, tl.load(at + 2 * N * N) + third * back)
     at = time_sums + pid * TAPS * N + j * N + n
-    mine = (j // 3 == row) & (j < 9) | (j == 9) & (row == 0)
-    before = tl.load(at, mask=mine, other=0.0)
-    tl.store(at, before + bias, mask=mine)
+    mask = is_mine | (j == 9) & (tap == 0)
+    before = tl.load(at, mask=mask, other=0.0)
+    tl.store(at, before + bias, mask=mask)
 
 
 @triton.jit
 def _first_layer_transposed(
-    weights, hidden, x, first, p, inside, w1, tap, F: tl.constexpr, B: tl.constexpr
+    hidden, x, first, p, inside, w1, tap, F: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
     """The first hidden layer at a tile's neighbours of a tap, [N, B]. w1: [N, D]."""
     D: tl.constexpr = F.D

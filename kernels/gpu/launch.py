@@ -153,18 +153,29 @@ rows. Where a key goes on with an architecture, that entry goes before the gener
 
 MOST_CHANNELS, MOST_FILTERS = 64, 128
 
-CONV_TABLE = {
-    (64, 0): (32, 4),
-    (64, 1): (128, 8),
-    (64, 2): (128, 8),
-    (128, 0): (32, 8),
-    (128, 1): (128, 8),
-    (128, 2): (64, 8),
+CONV_TABLE: dict[tuple[str, int, int] | tuple[str, int, int, int], tuple[int, int, int]] = {
+    ("forward", 64, 0): (32, 4, 255),
+    ("forward", 64, 1): (128, 8, 128),
+    ("forward", 64, 2): (64, 4, 255),
+    ("forward", 128, 0): (16, 8, 255),
+    ("forward", 128, 1): (128, 8, 255),
+    ("forward", 128, 2): (128, 8, 255),
+    ("gather", 64, 1): (64, 4, 255),
+    ("gradient", 64, 0): (32, 8, 255),
+    ("gradient", 64, 1): (64, 4, 255),
+    ("gradient", 64, 2): (32, 4, 255),
+    ("gradient", 128, 0): (16, 8, 255),
+    ("gradient", 128, 1): (32, 8, 255),
+    ("gradient", 128, 2): (32, 8, 255),
+    # Where these would spill.
+    ("forward", 128, 2, 80): (64, 8, 255),
 }
-"""Pixels of a tile and warps of a program, by padded filters (up to that many) and 16-bit parts."""
+"""Pixels of a tile, warps of a program, registers of a thread; for padded filters (up to that many)
+and 16-bit parts. "gather" goes before "forward" where the first hidden layer is in memory. Where a
+key goes on with an architecture, that entry goes before the general one."""
 
-CONV_WEIGHT_WARPS = {64: 8, 128: 16}
-"""Warps of a program that sums up gradients of a 3x3 convolution: three matrices of that width."""
+WIDE, CONV_WIDE = 64, (16, 8, 255)
+"""Padded channels from which on tiles are small, whatever else; and their entry."""
 
 
 def why_not(
@@ -200,9 +211,10 @@ def why_not(
 def _why_not_conv(field: ConvField) -> str:
     if field.filters > MOST_FILTERS:
         return f"the field has {field.filters} filters, the GPU kernels take {MOST_FILTERS} at most"
-    if field.channels > MOST_CHANNELS:
+    if field.channels > MOST_CHANNELS or (field.channels > WIDE - 2 and field.filters > WIDE):
         return (
-            f"the state has {field.channels} channels, the GPU kernels take {MOST_CHANNELS} at most"
+            f"the state has {field.channels} channels, the GPU kernels take {MOST_CHANNELS} at "
+            f"most, and {WIDE - 2} with more than {WIDE} filters"
         )
     return ""
 
@@ -285,12 +297,14 @@ class ConvLaunch(NamedTuple):
     Attributes:
         pixels: Of a tile.
         warps: Of a program.
-        weight_warps: Of a program of `vjp_weights`.
+        registers: Of a thread, at most.
+        taps: Whose gradients a program of `vjp_weights` sums up, in its registers.
     """
 
     pixels: int
     warps: int
-    weight_warps: int
+    registers: int
+    taps: int
 
     @property
     def options(self) -> dict[str, int]:
@@ -299,16 +313,17 @@ class ConvLaunch(NamedTuple):
         One stage: with more, loads bypass the L1 cache, where nine taps find most of what they
         need.
         """
-        return {"num_warps": self.warps, "num_stages": 1}
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": self.registers}
 
 
 @functools.lru_cache(maxsize=1024)
 def conv_configuration(
-    field: ConvField, height: int, width: int, precision: str, capability: int
+    kernel: str, field: ConvField, height: int, width: int, precision: str, capability: int
 ) -> tuple[Conv, ConvLaunch]:
     """The field as kernels are compiled for it, and the launch.
 
     Args:
+        kernel: "forward" or "gradient".
         field: The field.
         height, width: Of the images.
         precision: Of matrix products, as `precision` has it.
@@ -316,17 +331,30 @@ def conv_configuration(
     """
     D, N = max(8, 1 << (field.channels + 1).bit_length()), padded(field.filters)
     parts = {"ieee": 0, "tf32": 1, "tf32x3": 2}[precision]
-    width_class = 64 if N <= 64 else 128
-    pixels, warps = CONV_TABLE[width_class, parts] if capability else (64, 4)
     # The first hidden layer is made nine times where that costs no more than to get it nine times.
     through_memory = field.activation not in (
         activations.RELU.value,
         activations.IDENTITY.value,
     )
+    entry = _conv_entry(kernel, N, parts, through_memory, capability)
+    if capability == 0:  # the interpreter is slow, and tests want several tiles
+        entry = (64, 4, 255)
+    elif D >= WIDE:
+        entry = CONV_WIDE
     return (
         Conv(
             *(field.channels, field.filters, field.activation, int(field.time_dependent)),
             *(height, width, precision, parts, through_memory, D, N),
         ),
-        ConvLaunch(pixels, warps, CONV_WEIGHT_WARPS[width_class]),
+        ConvLaunch(*entry, 3 if N <= 64 and D < WIDE else 1),
     )
+
+
+def _conv_entry(
+    kernel: str, N: int, parts: int, through_memory: bool, capability: int
+) -> tuple[int, int, int]:
+    width = 64 if N <= 64 else 128
+    if kernel == "forward" and through_memory and ("gather", width, parts) in CONV_TABLE:
+        kernel = "gather"
+    special = CONV_TABLE.get((kernel, width, parts, architecture(capability)))
+    return special or CONV_TABLE[kernel, width, parts]

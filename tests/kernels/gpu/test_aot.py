@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from anode_fast.kernels.gpu import aot, launch, solve  # noqa: E402
+from anode_fast.kernels.gpu import aot, by_stage, launch, solve  # noqa: E402
 from anode_fast.kernels.gpu.aot import KERNELS, Case, Report  # noqa: E402
 from anode_fast.kernels.gpu.launch import ARCHITECTURES, WIDTHS, Launch  # noqa: E402
 
@@ -66,7 +66,8 @@ def test_every_kernel_that_solve_launches_is_there():
     }
     named = {
         (modules.get(node.value.id), node.attr)
-        for node in ast.walk(ast.parse(inspect.getsource(solve)))
+        for module in (solve, by_stage)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
     # Kernels have parameters' names; all else that solve.py takes from these modules is numbers.
@@ -75,7 +76,7 @@ def test_every_kernel_that_solve_launches_is_there():
 
 
 def test_every_kind_of_launch_is_there():
-    assert {kernel.kind for kernel in KERNELS.values()} == {"", *launch.KERNELS}
+    assert {kernel.kind for kernel in KERNELS.values()} == {"", "conv", *launch.KERNELS}
 
 
 @pytest.mark.parametrize("name", KERNELS)
