@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anode_fast import adjoint, fused, reference
 from anode_fast.adjoint import AdjointOptions
+from anode_fast.convolution import NativeConvField
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import ConvField, MLPField
 from anode_fast.plan import FIELDS, Plan, choose, describe
@@ -319,7 +320,9 @@ def solve(
     problem = settings.problem(func, pad(x, columns), t, warn=True)
     backward = settings.backward(problem)
     plan = settings.plan(problem, backward)
-    if plan.backend != "reference" and known is not None and isinstance(x, Tensor):
+    if plan.backend == "cpu" and isinstance(known, ConvField):
+        problem.field.func = NativeConvField(known)
+    elif plan.backend != "reference" and known is not None and isinstance(x, Tensor):
         native = fused.prepare(
             plan.backend,
             problem,

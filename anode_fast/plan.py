@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anode_fast import fused
+from anode_fast import convolution, fused
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
 from anode_fast.fields import ConvField, MLPField
 from anode_fast.kernels import gpu
 from anode_fast.kernels.cpu import library
 from anode_fast.problem import ADAMS, ADAPTIVE, SCIPY, Problem
+from anode_fast.spec import ConvSpec
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 GRADIENTS = ("auto", "autograd", "discrete", "continuous")
@@ -104,7 +105,8 @@ def choose(
     chosen, why = _choose_backend(problem, backend, wanted, by_row, backward, params)
     keep_steps = True
     if gradient == "auto":
-        automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, chosen)
+        is_native = chosen == "triton" or (chosen == "cpu" and not _is_conv(problem))
+        automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, is_native)
         gradient, keep_steps, reason = automatic
         why = (*why, "gradient: " + reason)
     else:
@@ -133,6 +135,10 @@ def _choose_backend(
         if name == "triton" and backend == "auto" and not problem.y0.is_cuda:
             reasons[name] = _NO_GPU
             continue
+        if name == "cpu" and isinstance(spec, ConvSpec):
+            # The solver is the reference's, which can do everything.
+            reasons[name] = convolution.why_not(field, problem.y0)
+            continue
         why = fused.why_not(name, problem, spec, tensors)
         if not why and gradient == "autograd":
             why = 'gradient="autograd" goes through the reference solver\'s operations'
@@ -152,14 +158,22 @@ def _choose_backend(
     if chosen[0] == "triton" and spec is not None:
         how = fused.described(problem, spec, by_row)
         return "triton", (f"backend: the Triton kernels run the whole solve: {how}",)
+    if isinstance(spec, ConvSpec):
+        return "cpu", (
+            "backend: the C++ kernels evaluate the field, PyTorch operations make the steps",
+        )
     return "cpu", ("backend: the C++ kernels run the whole solve in one call",)
 
 
+def _is_conv(problem: Problem) -> bool:
+    return type(problem.original) is ConvField
+
+
 def _automatic(
-    problem: Problem, is_adjoint: bool, has_adjoint_options: bool, by_row: bool, backend: str
+    problem: Problem, is_adjoint: bool, has_adjoint_options: bool, by_row: bool, is_native: bool
 ) -> tuple[str, bool, str]:
-    """Gradient, whether it keeps the steps, and why."""
-    if backend != "reference":
+    """Gradient, whether it keeps the steps, and why. Native: kernels run the whole solve."""
+    if is_native:
         if has_adjoint_options:
             return "continuous", True, "odeint_adjoint got adjoint_* arguments for the adjoint ODE"
         if is_adjoint and problem.family != ADAPTIVE:
