@@ -132,7 +132,7 @@ def test_what_this_cpu_can_run_has_the_flags():
 
 @needs_compiler
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
-@pytest.mark.parametrize("built", BUILT, ids="+".join)
+@pytest.mark.parametrize("built", BUILT, ids=lambda built: "+".join(sorted(built)))
 def test_the_best_that_is_built_and_runs(put, monkeypatch, capability, built):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     files = {isa: put(isa) for isa in built}
