@@ -131,7 +131,8 @@ def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
         return str(gpu.why_not_on(y0.device) or kernels.why_not(_field(spec), y0.dtype))
     if y0.device.type != "cpu":
         return f"the state is on {y0.device}, want the CPU"
-    assert isinstance(spec, MLPSpec)  # of others it knows how to evaluate them, no more
+    if isinstance(spec, ConvSpec):
+        return "the C++ solver knows MLPField only"
     if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return ""

@@ -21,7 +21,7 @@ Y0 = torch.ones(3, 2)
 ROOT = Path(__file__).parent.parent
 
 
-REASON = "the field is a function untouched, and the kernels know MLPField only"
+REASON = "the field is a function untouched, and the kernels know MLPField and ConvField only"
 
 
 def untouched(t, y):

@@ -800,8 +800,7 @@ class _Product:
 
 def _moments(cursor: Tensor, s: int) -> dict[str, Any]:
     """When stage s is evaluated, of each group."""
-    place = combine.CURSOR.value + s
-    return dict(moments=cursor[:, place], moments_stride=cursor.shape[1])
+    return dict(moments=cursor, moments_stride=cursor.shape[1], at=combine.CURSOR.value + s)
 
 
 def _images(state: Tensor, layout: Layout) -> Tensor:

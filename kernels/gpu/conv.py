@@ -354,9 +354,10 @@ def _tile(index, tiles, pixels, B: tl.constexpr):
     return group, first, p, p < pixels
 
 
-@triton.jit(do_not_specialize=["moments_stride", "pixels", "tiles"])
+@triton.jit(do_not_specialize=["moments_stride", "at", "pixels", "tiles"])
 def first_layer(
-    weights, x, hidden, moments, moments_stride, pixels, tiles, F: tl.constexpr, B: tl.constexpr
+    weights, x, hidden, moments, moments_stride, at, pixels, tiles,
+    F: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Puts the first hidden layer into memory; a program for each tile.
 
@@ -364,13 +365,13 @@ def first_layer(
         weights: Packed.
         x: The state.
         hidden: Written.
-        moments, moments_stride: Of each group; how far apart.
+        moments, moments_stride, at: Of each group; how far apart; where the first one is.
         pixels, tiles: Of a group.
     """
     D: tl.constexpr = F.D
     N: tl.constexpr = F.N
     group, first, p, inside = _tile(tl.program_id(0), tiles, pixels, B)
-    t = tl.load(moments + group * moments_stride)
+    t = tl.load(moments + group * moments_stride + at)
     if t == t:
         r = tl.arange(0, B)[:, None]
         v = tl.load(
@@ -378,8 +379,8 @@ def first_layer(
         )
         w = _first_weights(weights, t.to(v.dtype), F)
         h = activations.activate(_product(v, w, tl.zeros([B, N], v.dtype), F), F.activation)
-        at = hidden + first * N + r * N + tl.arange(0, N)[None, :]
-        tl.store(at, h, mask=inside[:, None])
+        place = hidden + first * N + r * N + tl.arange(0, N)[None, :]
+        tl.store(place, h, mask=inside[:, None])
 
 
 # --- vector-Jacobian product ----------------------------------------------------------------------
@@ -388,10 +389,10 @@ def first_layer(
 # weights of the 3x3 convolution. Each program adds weight gradients to sums of its own.
 
 
-@triton.jit(do_not_specialize=["moments_stride", "pixels", "tiles", "count", "programs"])
+@triton.jit(do_not_specialize=["moments_stride", "at", "pixels", "tiles", "count", "programs"])
 def vjp_outer(
     weights, hidden, x, cotangent, deltas, largest, of_time, moments, sums, bias_sums,
-    moments_stride, pixels, tiles, count, programs,
+    moments_stride, at, pixels, tiles, count, programs,
     F: tl.constexpr, B: tl.constexpr, WEIGHTS: tl.constexpr, TIME: tl.constexpr,
 ):  # fmt: skip
     """Deltas from the cotangent of dy/dt, and the gradients of the last convolution.
@@ -403,7 +404,7 @@ def vjp_outer(
         deltas, largest: Written.
         of_time: With TIME, of each tile float64 [groups * tiles]: written, the gradient of the time
             through the last two convolutions.
-        moments, moments_stride, pixels, tiles: As for `first_layer`.
+        moments, moments_stride, at, pixels, tiles: As for `first_layer`.
         sums, bias_sums: With WEIGHTS, of each program, [programs, N, D] and [programs, 2, D]: of
             the weight, of the bias, of the time's weight. They go on.
         count: Of tiles, in all groups.
@@ -428,7 +429,7 @@ def vjp_outer(
         time = tl.load(bias_at + D)
     for index in range(pid, count, programs):
         group, first, p, inside = _tile(index, tiles, pixels, B)
-        moment = tl.load(moments + group * moments_stride)
+        moment = tl.load(moments + group * moments_stride + at)
         if moment == moment:
             t = moment.to(T)
             z, bound = _second_layer(
@@ -464,17 +465,18 @@ def vjp_outer(
         tl.store(bias_at + D, time)
 
 
-@triton.jit(do_not_specialize=["moments_stride", "pixels", "tiles", "count", "programs"])
+@triton.jit(do_not_specialize=["moments_stride", "at", "pixels", "tiles", "count", "programs"])
 def vjp_inner(
     weights, x, deltas, largest, found, total, of_time, moments, sums,
-    moments_stride, pixels, tiles, count, programs,
+    moments_stride, at, pixels, tiles, count, programs,
     F: tl.constexpr, B: tl.constexpr, NEAR: tl.constexpr,
     ADD: tl.constexpr, WEIGHTS: tl.constexpr, TIME: tl.constexpr,
 ):  # fmt: skip
     """The product with respect to the state, and the gradients of the first convolution.
 
     Args:
-        weights, x, moments, moments_stride, pixels, tiles, count, programs: As for `vjp_outer`.
+        weights, x, moments, moments_stride, at, pixels, tiles, count, programs: As for
+            `vjp_outer`.
         deltas, largest: From there.
         found: The product, written: a state; 0 beyond the channels.
         total: With ADD, gets it added.
@@ -496,7 +498,7 @@ def vjp_inner(
         weight_sum = tl.load(sum_at)
     for index in range(pid, count, programs):
         group, first, p, inside = _tile(index, tiles, pixels, B)
-        moment = tl.load(moments + group * moments_stride)
+        moment = tl.load(moments + group * moments_stride + at)
         if moment == moment:
             t = moment.to(T)
             scale = 1.0
@@ -505,8 +507,8 @@ def vjp_inner(
                 tile = index % tiles
                 others = tl.maximum(tile * B - F.width - 1, 0) // B + tl.arange(0, NEAR)
                 mask = (others < tiles) & (others * B <= tile * B + B + F.width)
-                at = largest + 2 * (index - tile + others) + 1
-                scale = fitting(tl.max(tl.load(at, mask=mask, other=0.0), 0))
+                place = largest + 2 * (index - tile + others) + 1
+                scale = fitting(tl.max(tl.load(place, mask=mask, other=0.0), 0))
                 back = 1.0 / (scale * tl.load(weights[W2_SCALE]))
             g = tl.zeros([B, N], T)
             for tap in range(9):
@@ -523,11 +525,11 @@ def vjp_inner(
             w = tl.load(weights[W1] + c * N + tl.arange(0, N)[:, None])  # [N, D]
             w = tl.where(c < F.channels, w, 0.0)
             product = _product(g, w, tl.zeros([B, D], T), F)
-            at = first * D + r * D + c
-            tl.store(found + at, product, mask=inside[:, None])
+            place = first * D + r * D + c
+            tl.store(found + place, product, mask=inside[:, None])
             if ADD:
-                before = tl.load(total + at, mask=inside[:, None], other=0.0)
-                tl.store(total + at, before + product, mask=inside[:, None])
+                before = tl.load(total + place, mask=inside[:, None], other=0.0)
+                tl.store(total + place, before + product, mask=inside[:, None])
             if WEIGHTS:
                 v = tl.where((c == F.channels + 1) & inside[:, None], t, v)
                 weight_sum = _product(tl.trans(g), v, weight_sum, F)
@@ -539,16 +541,16 @@ def vjp_inner(
         tl.store(sum_at, weight_sum)
 
 
-@triton.jit(do_not_specialize=["moments_stride", "pixels", "tiles", "count", "programs"])
+@triton.jit(do_not_specialize=["moments_stride", "at", "pixels", "tiles", "count", "programs"])
 def vjp_weights(
     weights, hidden, x, deltas, largest, moments, sums, time_sums,
-    moments_stride, pixels, tiles, count, programs,
+    moments_stride, at, pixels, tiles, count, programs,
     F: tl.constexpr, B: tl.constexpr, TAKE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the 3x3 convolution; programs x 9 / TAKE.
 
     Args:
-        weights, hidden, x, moments, moments_stride, pixels, tiles, count, programs: As for
+        weights, hidden, x, moments, moments_stride, at, pixels, tiles, count, programs: As for
             `vjp_outer`.
         deltas, largest: From there.
         TAKE: Taps of a program, 1 or 3.
@@ -583,12 +585,12 @@ def vjp_weights(
     is_mine = (j >= tap) & (j < tap + TAKE) & (j < 9)
     for index in range(pid, count, programs):
         group, first, p, inside = _tile(index, tiles, pixels, B)
-        moment = tl.load(moments + group * moments_stride)
+        moment = tl.load(moments + group * moments_stride + at)
         if moment == moment:
             t = moment.to(T)
             w1 = tl.trans(_first_weights(weights, t, F))
-            at = deltas + first * N + tl.arange(0, B)[:, None] * N + n
-            delta = tl.load(at, mask=inside[:, None], other=0.0)
+            place = deltas + first * N + tl.arange(0, B)[:, None] * N + n
+            delta = tl.load(place, mask=inside[:, None], other=0.0)
             h = _first_layer_transposed(hidden, x, first, p, inside, w1, tap, F, B)
             total = _scaled_product(h, h_scale, delta, d_scale, total, F)
             if TAKE == 3:
@@ -599,15 +601,15 @@ def vjp_weights(
             has = has_tap(p[None, :], inside[None, :], j, F) & is_mine
             times = tl.where(has, t, tl.where((j == 9) & inside[None, :], 1.0, 0.0))
             bias = _product(times.to(T), delta, bias, F)
-    at = sums + (pid * 9 + tap) * N * N + m * N + n
-    tl.store(at, tl.load(at) + total * back)
+    place = sums + (pid * 9 + tap) * N * N + m * N + n
+    tl.store(place, tl.load(place) + total * back)
     if TAKE == 3:
-        tl.store(at + N * N, tl.load(at + N * N) + second * back)
-        tl.store(at + 2 * N * N, tl.load(at + 2 * N * N) + third * back)
-    at = time_sums + pid * TAPS * N + j * N + n
+        tl.store(place + N * N, tl.load(place + N * N) + second * back)
+        tl.store(place + 2 * N * N, tl.load(place + 2 * N * N) + third * back)
+    place = time_sums + pid * TAPS * N + j * N + n
     mask = is_mine | (j == 9) & (tap == 0)
-    before = tl.load(at, mask=mask, other=0.0)
-    tl.store(at, before + bias, mask=mask)
+    before = tl.load(place, mask=mask, other=0.0)
+    tl.store(place, before + bias, mask=mask)
 
 
 @triton.jit

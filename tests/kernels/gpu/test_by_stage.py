@@ -33,14 +33,14 @@ def made(dtype, device, channels=3, filters=8, activation="tanh", gain=1.5, scal
     return field.to(device, dtype)
 
 
-def state(dtype, device, images=3, channels=3, spread=1.0):
-    x = torch.randn(images, channels, 6, 5, generator=torch.Generator().manual_seed(1), dtype=f64)
+def state(dtype, device, images=2, channels=3, spread=1.0):
+    x = torch.randn(images, channels, 5, 4, generator=torch.Generator().manual_seed(1), dtype=f64)
     sizes = torch.linspace(-1, 1, max(images, 1), dtype=f64)[:images].reshape(-1, 1, 1, 1)
     return (x * spread**sizes).to(device, dtype)
 
 
 def solved(
-    dtype, device, backend, t=(0.0, 0.4, 1.0), scale=1, call=odeint, images=3, spread=1.0,
+    dtype, device, backend, t=(0.0, 0.3, 0.5), scale=1, call=odeint, images=2, spread=1.0,
     activation="tanh", gain=1.5, channels_last=False, **given,
 ):  # fmt: skip
     """Solution and gradients of a random functional of it, by name, and the stats."""
@@ -83,16 +83,17 @@ def compare(dtype, device, **given):
 
 CASES = {
     "dopri5": {},
-    "float32": dict(dtype=f32),
+    "two tiles": dict(images=4),
+    "float32": dict(dtype=f32, images=4),
     "relu": dict(activation="relu"),
-    "backwards": dict(t=(1.0, 0.7, -0.2)),
-    "many outputs": dict(t=(0.0, 0.05, 0.1, 0.15, 0.3, 0.31, 1.0)),
+    "backwards": dict(t=(1.0, 0.7, 0.4)),
+    "many outputs": dict(t=(0.0, 0.05, 0.1, 0.15, 0.3, 0.31, 0.4)),
     "rejections": dict(options={"first_step": 1.0}, gain=4.0, t=(0.0, 0.5)),
     "bosh3": dict(method="bosh3"),
     "adaptive_heun": dict(method="adaptive_heun", t=(0.0, 0.3)),
-    "max_step": dict(options={"max_step": 0.3}),
+    "max_step": dict(options={"max_step": 0.2}, t=(0.0, 0.5)),
     "channels last": dict(channels_last=True),
-    "one image": dict(images=1),
+    "one image": dict(images=1, t=(0.0, 0.3)),
     "images alone": dict(step_control="sample", spread=30.0),
     "images alone, float32": dict(step_control="sample", spread=30.0, dtype=f32),
     "images alone, rejections": dict(
@@ -100,8 +101,8 @@ CASES = {
     ),
     "rk4": dict(method="rk4", options={"step_size": 0.3}),
     "rk4, float32": dict(method="rk4", options={"step_size": 0.5}, dtype=f32),
-    "rk4, outputs are steps": dict(method="rk4", t=(0.0, 0.4, 1.0)),
-    "midpoint, backwards": dict(method="midpoint", options={"step_size": 0.25}, t=(1.0, 0.3, 0.0)),
+    "rk4, outputs are steps": dict(method="rk4", t=(0.0, 0.3, 0.5)),
+    "midpoint, backwards": dict(method="midpoint", options={"step_size": 0.25}, t=(1.0, 0.4, 0.2)),
     "euler, linear": dict(method="euler", options={"step_size": 0.3, "interp": "linear"}),
 }
 
@@ -115,10 +116,10 @@ def test_it_is_the_reference(name, device):
 def test_images_take_their_own_steps(device):
     _, stats = solved(f64, device, "triton", step_control="sample", spread=30.0)
     field, x = made(f64, device), state(f64, device, spread=30.0)
-    t = torch.tensor([0.0, 0.4, 1.0], dtype=f64)
+    t = torch.tensor([0.0, 0.3, 0.5], dtype=f64)
     each = [
         odeint(field, x[i : i + 1], t, rtol=1e-2, atol=1e-2, backend="triton", return_stats=True)
-        for i in range(3)
+        for i in range(2)
     ]
     counts = [s.accepted for _, s in each]
     assert len(set(counts)) > 1 and stats.accepted == max(counts)
@@ -131,7 +132,7 @@ def test_augmented_channels(device):
     for backend in ("triton", "reference"):
         block = AugODEBlock(made(f64, device), 2, backend=backend)
         x = state(f64, device, channels=1).requires_grad_()
-        y = block.trajectory(x, 3)
+        y = block.trajectory(x, 2)
         grads = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
         assert block.stats.backend == backend
         found[backend] = [y.detach(), *grads]
@@ -154,12 +155,12 @@ def test_nothing_but_what_is_wanted(device):
 
 def test_no_images(device):
     got, stats = solved(f64, device, "triton", images=0, t=(0.0, 1.0))
-    assert got["y"].shape == (2, 0, 3, 6, 5) and got["d_x"].shape == (0, 3, 6, 5)
+    assert got["y"].shape == (2, 0, 3, 5, 4) and got["d_x"].shape == (0, 3, 5, 4)
     assert all(not grad.any() for name, grad in got.items())
     field, x = made(f64, device), state(f64, device, images=0)
     t = torch.tensor([0.0, 1.0])
     for given in (dict(step_control="sample"), dict(method="rk4", options={"step_size": 1.0})):
-        assert odeint(field, x, t, backend="triton", **given).shape == (2, 0, 3, 6, 5)
+        assert odeint(field, x, t, backend="triton", **given).shape == (2, 0, 3, 5, 4)
 
 
 def test_two_runs_are_equal_bitwise(device):
@@ -186,15 +187,16 @@ ROOM = {}, dict(step_control="sample", spread=30.0)
 
 
 def test_more_rounds_than_a_chunk(device, monkeypatch):
-    whole, stats = solved(f64, device, "triton", options={"max_step": 0.1})
+    whole, stats = solved(f64, device, "triton", options={"max_step": 0.2})
     monkeypatch.setattr(by_stage, "CHUNKS", (1, 2))
-    found, again = solved(f64, device, "triton", options={"max_step": 0.1})
+    found, again = solved(f64, device, "triton", options={"max_step": 0.2})
     assert (again.accepted, again.rejected) == (stats.accepted, stats.rejected)
     for name, value in whole.items():
         assert torch.equal(found[name], value), name
-    fixed, _ = solved(f64, device, "triton", method="rk4", options={"step_size": 0.1})
+    given = dict(method="midpoint", options={"step_size": 0.1})
+    fixed, _ = solved(f64, device, "triton", **given)
     monkeypatch.setattr(by_stage, "CHUNKS", (20, 4))
-    again, _ = solved(f64, device, "triton", method="rk4", options={"step_size": 0.1})
+    again, _ = solved(f64, device, "triton", **given)
     for name, value in fixed.items():
         assert torch.equal(again[name], value), name
 
@@ -205,12 +207,12 @@ SEMINORM = {"norm": "seminorm"}
 
 CONTINUOUS = {
     "two outputs": dict(t=(0.0, 1.0)),
-    "backwards, three": dict(t=(1.0, 0.4, -0.2)),
-    "float32": dict(dtype=f32, t=(0.0, 0.5, 1.0)),
-    "relu": dict(activation="relu", t=(0.0, 0.5)),
-    "tolerances of its own": dict(t=(0.0, 1.0), adjoint_rtol=1e-3, adjoint_atol=1e-3),
-    "rejections": dict(gain=3.0, t=(0.0, 0.5), adjoint_rtol=1e-4),
-    "bosh3": dict(adjoint_method="bosh3", t=(0.0, 0.5)),
+    "backwards, three": dict(t=(1.0, 0.6, 0.4)),
+    "float32": dict(dtype=f32, images=4),
+    "relu": dict(activation="relu", t=(0.0, 0.3)),
+    "tolerances of its own": dict(t=(0.0, 0.5), adjoint_rtol=1e-3, adjoint_atol=1e-3),
+    "rejections": dict(gain=3.0, t=(0.0, 0.3), adjoint_options=SEMINORM | {"first_step": 0.3}),
+    "bosh3": dict(adjoint_method="bosh3", t=(0.0, 0.3)),
     "options": dict(adjoint_options=SEMINORM | {"first_step": 0.05, "max_step": 0.3}),
 }
 
@@ -230,7 +232,7 @@ def test_the_adjoint_ode_is_the_references(name, device):
 
 def test_only_what_is_wanted_of_the_adjoint_ode(device):
     field, x = made(f64, device), state(f64, device).requires_grad_()
-    t = torch.tensor([0.0, 0.7], dtype=f64)
+    t = torch.tensor([0.0, 0.4], dtype=f64)
     found = {}
     for backend in ("triton", "reference"):
         arguments = dict(rtol=1e-2, atol=1e-2, adjoint_options=SEMINORM, backend=backend)

@@ -72,8 +72,8 @@ def remembering(self, *args, grid, warmup, **kwargs):
 JITFunction.run = remembering
 
 from anode_fast import fused
-from anode_fast.kernels.gpu import host, solve
-from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, Field
+from anode_fast.kernels.gpu import by_stage, host, solve
+from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, ConvField, Field
 from anode_fast.tableau import DOPRI5, RK4
 
 host.capability = lambda device: 90
@@ -128,6 +128,45 @@ before = {compiled for _, compiled, _ in launched}
 for rows in (21, 32, 17):
     call(BATCH, rows)
 assert {compiled for _, compiled, _ in launched} == before
+
+
+# Convolutional fields: solves stage by stage.
+launched.clear()
+calls.clear()
+FEW = OPTIONS | dict(max_num_steps=2)
+shapes = [(16, 4, 1, 1), (16,), (16, 17, 3, 3), (16,), (3, 17, 1, 1), (3,)]
+images = [torch.randn(shape) for shape in shapes]
+
+
+def call_images(activation, control, number):
+    made = by_stage.Solve(
+        ConvField(3, 16, activation, True), METHODS[control], torch.float32, control=control, **FEW
+    )
+    x, grid = torch.randn(number, 2, 9, 8), (0.0, 0.5, 1.0) if control == FIXED else ()
+    y, _, kept = made.forward(x, images, (0.0, 1.0), grid, keep=True)
+    grad = torch.randn(2, number, 3, 9, 8)
+    made.discrete_gradient(kept, images, grad, x, wanted=True)
+    if control == BATCH:
+        made.continuous_gradient(y, images, (0.0, 1.0), grad, x, [True] * 6, seminorm=True)
+
+
+for control in (BATCH, SAMPLE, FIXED):
+    call_images(1, control, 5)
+names = {name for name, _, _ in launched}
+assert names == {
+    "conv.pack", "conv.first_layer", "conv.vjp_outer", "conv.vjp_inner", "conv.vjp_weights",
+    "combine.begin", "combine.stage", "combine.finish",
+    "unwind.rewind", "unwind.cotangent", "unwind.gather",
+    "reverse.begin", "reverse.advance", "reverse.finish", "reverse.commit",
+}, names
+assert all(has_code for _, _, has_code in launched)
+# Launches made without another look at the arguments get as many of them.
+for kernel in names:
+    assert len({len(args) for name, _, args in calls if name == kernel}) == 1, kernel
+# Stages differ in numbers only; so do batches.
+before = {compiled for _, compiled, _ in launched}
+call_images(1, BATCH, 7)
+assert {compiled for _, compiled, _ in launched} == before
 print("ok")
 """
 
@@ -141,6 +180,6 @@ def test_every_launch_compiles():
         text=True,
         cwd=ROOT,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
     assert done.stdout.strip() == "ok", done.stderr[-3000:]
