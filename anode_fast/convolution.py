@@ -27,7 +27,7 @@ def why_not(field: Any, y0: Tensor) -> str:
     if absent := library.missing():
         return str(absent)
     if type(field) is not ConvField:
-        return f"the field is {fused._described(field)}, and the kernels know ConvField only"
+        return f"the field is {fused.name_of(field)}, and the kernels know ConvField only"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}, want float32 or float64"
     if y0.device.type != "cpu":
@@ -39,13 +39,13 @@ def why_not(field: Any, y0: Tensor) -> str:
     tensors = field.tensors()
     if not all(type(x) in _PLAIN for x in (y0, *tensors)):
         return "the state or a weight is no plain tensor"
-    if tuple(p.shape for p in tensors) != fused._shapes(field.spec()):
+    if tuple(p.shape for p in tensors) != fused.shapes_of(field.spec()):
         return "the layers have other shapes than the field was made with"
     if any(p.dtype != y0.dtype or p.device != y0.device for p in tensors):
         return "the weights have another dtype or device than the state"
-    if fused._has_hooks(field):
+    if fused.has_hooks(field):
         return "the field has hooks or a forward of its own, which would not run"
-    return fused._why_not_now("cpu")
+    return fused.why_not_now("cpu")
 
 
 class NativeConvField:
@@ -102,7 +102,7 @@ class NativeConvField:
 
     def evaluate(self, t: Tensor, y: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """dy/dt and, if asked for, the record for `gradient`."""
-        out, record = self._kernels.evaluate(self._packed, fused._dense(t), fused._dense(y), keep)
+        out, record = self._kernels.evaluate(self._packed, fused.dense(t), fused.dense(y), keep)
         return out, record
 
     def gradient(
@@ -112,9 +112,9 @@ class NativeConvField:
         y_grad, t_grad, grads = self._kernels.vjp(
             self._packed,
             record,
-            fused._dense(t),
-            fused._dense(y),
-            fused._dense(grad),
+            fused.dense(t),
+            fused.dense(y),
+            fused.dense(grad),
             needs[1],
             needs[0],
             needs[2:],
@@ -156,11 +156,11 @@ class _Evaluation(torch.autograd.Function):
         native: NativeConvField = ctx.native
         record, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or fused._is_batched(grad):
+        if torch.is_grad_enabled() or fused.is_batched(grad):
             return None, *native.differentiable_gradient(grad, inputs, needs)
         return None, *native.gradient(grad, record, inputs[0], inputs[1], needs)
 
 
 @functools.lru_cache(maxsize=64)
 def _kernels(spec: ConvSpec, dtype: torch.dtype) -> Any:
-    return conv.Conv(library.load(), fused._field(spec), dtype)
+    return conv.Conv(library.load(), fused.field_of(spec), dtype)

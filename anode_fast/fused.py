@@ -82,7 +82,7 @@ def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Seque
     if absent:
         return str(absent)
     if spec is None:
-        return f"the field is {_described(func)}, and the kernels know MLPField and ConvField only"
+        return f"the field is {name_of(func)}, and the kernels know MLPField and ConvField only"
     if problem.family not in (FIXED, ADAPTIVE):
         return f"{problem.method} is no explicit Runge-Kutta method"
     if problem.event_fn is not None:
@@ -102,7 +102,7 @@ def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Seque
         return "there is nothing to solve"
     if not all(type(x) in _PLAIN for x in (y0, *parameters)):
         return "the state or a weight is no plain tensor"
-    if tuple(p.shape for p in parameters) != _shapes(spec):
+    if tuple(p.shape for p in parameters) != shapes_of(spec):
         return "the layers have other shapes than the field was made with"
     if any(p.dtype != y0.dtype or p.device != y0.device for p in parameters):
         return "the weights have another dtype or device than the state"
@@ -119,16 +119,16 @@ def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Seque
         return "it has the option perturb"
     if any(hasattr(func, name) for name in _CALLBACKS):
         return "the field has callbacks"
-    if _has_hooks(func):
+    if has_hooks(func):
         return "the field has hooks or a forward of its own, which would not run"
-    return _why_not_field(backend, spec, y0) or _why_not_now(y0.device.type)
+    return _why_not_field(backend, spec, y0) or why_not_now(y0.device.type)
 
 
 def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
     """The same of what one backend does not have."""
     if backend == "triton":
         kernels: Any = gpu.load(isinstance(spec, ConvSpec))
-        return str(gpu.why_not_on(y0.device) or kernels.why_not(_field(spec), y0.dtype))
+        return str(gpu.why_not_on(y0.device) or kernels.why_not(field_of(spec), y0.dtype))
     if y0.device.type != "cpu":
         return f"the state is on {y0.device}, want the CPU"
     if isinstance(spec, ConvSpec):
@@ -166,7 +166,7 @@ def why_not_adjoint(backend: str, problem: Problem, backward: AdjointOptions) ->
     return ""
 
 
-def _why_not_now(device_type: str) -> str:
+def why_not_now(device_type: str) -> str:
     """What forbids native calls whatever the problem."""
     if torch.is_autocast_enabled(device_type):
         return "autocast is on"
@@ -183,7 +183,7 @@ def _width(spec: Spec) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _shapes(spec: Spec) -> tuple[tuple[int, ...], ...]:
+def shapes_of(spec: Spec) -> tuple[tuple[int, ...], ...]:
     """Of weight and bias of every layer."""
     if isinstance(spec, ConvSpec):
         C, K, T = spec.channels, spec.num_filters, int(spec.time_dependent)
@@ -193,7 +193,8 @@ def _shapes(spec: Spec) -> tuple[tuple[int, ...], ...]:
     return tuple(shape for n, m in itertools.pairwise(widths) for shape in ((m, n), (m,)))
 
 
-def _has_hooks(func: Any) -> bool:
+def has_hooks(func: Any) -> bool:
+    """Whether something would run beside a module's own forward, or in its place."""
     members = func.__dict__
     return bool(
         "forward" in members
@@ -205,7 +206,8 @@ def _has_hooks(func: Any) -> bool:
     )
 
 
-def _described(func: Callable[..., Any]) -> str:
+def name_of(func: Callable[..., Any]) -> str:
+    """What a field is called in a message."""
     name = type(func).__name__ if isinstance(func, nn.Module) else getattr(func, "__name__", "")
     return f"{'an nn.Module' if isinstance(func, nn.Module) else 'a function'} {name}".rstrip()
 
@@ -273,7 +275,7 @@ def prepare(
         if name in options
     }
     solve = _maker(backend, spec)(
-        _field(spec),
+        field_of(spec),
         _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau),
         problem.y0.dtype,
         control=interface.FIXED if fixed else interface.SAMPLE if by_row else interface.BATCH,
@@ -334,7 +336,8 @@ def _maker(backend: str, spec: Spec) -> Callable[..., Any]:
     return make
 
 
-def _field(spec: Spec) -> interface.Field | interface.ConvField:
+def field_of(spec: Spec) -> interface.Field | interface.ConvField:
+    """The field in numbers."""
     number = ACTIVATIONS.index(spec.activation)
     if isinstance(spec, ConvSpec):
         shape = spec.channels, spec.num_filters
@@ -414,7 +417,7 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     members = field.__dict__
     if x.dim() not in (2, 4) or not _CALLBACKS.isdisjoint(members):
         return None
-    if _has_hooks(field) or _why_not_now(x.device.type):
+    if has_hooks(field) or why_not_now(x.device.type):
         return None
     times = t.tolist()
     backwards = times[0] > times[-1] if times else False
@@ -493,8 +496,8 @@ class Call:
         """The solution, [times, *state]; sets `checkpoints` if `keep`."""
         solution: Tensor
         if x.stride(1) != 1 or x.dim() > 2 or x.is_neg():
-            x = _dense(x)
-        parameters = [_dense(p) for p in parameters]
+            x = dense(x)
+        parameters = [dense(p) for p in parameters]
         solution, result, checkpoints = self.native.solve.forward(
             x, parameters, self.times, self.grid, keep
         )
@@ -523,8 +526,8 @@ class Call:
     ) -> list[Tensor | None]:
         """Gradients for x and the parameters, None where not needed."""
         native, (for_x, *wanted) = self.native, needs
-        grad = _dense(grad)
-        parameters = [_dense(p) for p in parameters]
+        grad = dense(grad)
+        parameters = [dense(p) for p in parameters]
         like_x = x if for_x else None
         grads: Sequence[Tensor | None]
         solved_again = 0
@@ -584,7 +587,7 @@ def _counts(
     )
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """The same numbers as the memory is to have them: contiguous, and no negated view."""
     return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
 
@@ -644,12 +647,12 @@ class _Solve(torch.autograd.Function):
         call: Call = ctx.call
         solution, x, *parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or _is_batched(grad):
+        if torch.is_grad_enabled() or is_batched(grad):
             return None, *_differentiable_gradient(call, grad, x, parameters, needs)
         return None, *call.gradient(grad, solution, x, parameters, needs)
 
 
-def _is_batched(grad: Tensor) -> bool:
+def is_batched(grad: Tensor) -> bool:
     """Whether vmap (is_grads_batched, vectorized Jacobians) runs over the backward pass."""
     functorch: Any = torch._C._functorch
     return bool(
@@ -720,7 +723,7 @@ def _has_kernels(backend: str, field: tuple[Any, ...], dtype: torch.dtype, devic
         fits = len(spec.hidden) <= cpu.MOST_HIDDEN_LAYERS
         return library.load() is not None and on.type == "cpu" and fits
     kernels: Any = gpu.load()
-    return not (gpu.missing() or gpu.why_not_on(on) or kernels.why_not(_field(spec), dtype))
+    return not (gpu.missing() or gpu.why_not_on(on) or kernels.why_not(field_of(spec), dtype))
 
 
 def can_compile(mlp: Any, x: Tensor, backend: str) -> bool:
@@ -729,7 +732,7 @@ def can_compile(mlp: Any, x: Tensor, backend: str) -> bool:
         x.dtype in (torch.float32, torch.float64)
         and all(p.dtype == x.dtype and p.device == x.device for p in mlp.tensors())
         and not any(hasattr(mlp, name) for name in _CALLBACKS)
-        and not _has_hooks(mlp)
+        and not has_hooks(mlp)
         and _has_kernels(backend, _described_field(mlp), x.dtype, str(x.device))
     )
 
@@ -790,10 +793,10 @@ def _call(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Call
             f"(batch, {spec.dim - columns})"
         )
     if any(p.dtype != x.dtype for p in parameters) or (
-        tuple(p.shape for p in parameters) != _shapes(spec)
+        tuple(p.shape for p in parameters) != shapes_of(spec)
     ):
         raise InvalidArgument(
-            f"anode_fast::solve: want weights and biases of shapes {_shapes(spec)} in {x.dtype}"
+            f"anode_fast::solve: want weights and biases of shapes {shapes_of(spec)} in {x.dtype}"
         )
 
     def problem(x: Tensor) -> Problem:

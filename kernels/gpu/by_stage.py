@@ -337,12 +337,7 @@ class Solve(host.Solver):
 
         queued = queue()
         if is_fixed:
-            # The few rounds that it takes are known. Most of them may be one graph.
-            made = 0
-            while made < num_steps:
-                before = launches
-                launches += queued.launch_chunk(num_steps - made)
-                made += (launches - before) // queued.size
+            launches += queued.launch_all(num_steps)
             evaluations = sum(last - first for _, _, first, last in plan)
             result = host.Result(
                 nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=launches
@@ -491,10 +486,10 @@ class Solve(host.Solver):
         with host.on(grad.device):
             launches = 0
             if is_fixed or forward.later or self.control == SAMPLE:
-                launches += queue(0).launch(steps)
+                launches += queue(0).launch_all(steps)
             else:
                 if steps > 1:
-                    launches += queue(1).launch(steps - 1)
+                    launches += queue(1).launch_all(steps - 1)
                 launches += queue(0).launch(1)
             gather = dict(
                 **dict(adj_y=adj_y, grad=grad, x_grad=x_grad, DATA=self.data_dim),

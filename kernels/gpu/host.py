@@ -200,6 +200,13 @@ class Queue:
         self._graph.replay()
         return rounds * self.size
 
+    def launch_all(self, rounds: int) -> int:
+        """Queues so many rounds, chunk by chunk. Returns how many launches these are."""
+        made = 0
+        while made < rounds * self.size:
+            made += self.launch_chunk(rounds - made // self.size)
+        return made
+
     def _capture(self, rounds: int) -> torch.cuda.CUDAGraph:
         # Not by torch.cuda.graph, which empties the allocator's cache first. Nothing is allocated
         # here, and nothing runs: the kernels are compiled since the first chunk.
