@@ -14,6 +14,9 @@ from anode_fast.fields import ConvField
 from anode_fast.kernels.cpu import conv, library
 from anode_fast.spec import ConvSpec
 
+KEPT_BYTES = 256 << 20
+"""Of the records that a solve's evaluations keep for its gradient. Others are made once more."""
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -65,6 +68,7 @@ class NativeConvField:
         self._dtype = self.tensors[0].dtype
         self._kernels = _kernels(field.spec(), self._dtype)
         self._packed = self._kernels.pack([p.detach() for p in self.tensors])
+        self._room = KEPT_BYTES
         self._no_time = torch.zeros((), dtype=self._dtype)
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -99,6 +103,18 @@ class NativeConvField:
         if not self.field.time_dependent:
             return True
         return isinstance(t, Tensor) and t.shape in ((), (y.shape[0], 1, 1, 1)) and t.is_cpu
+
+    def has_room(self, y: Tensor, evaluations: int) -> bool:
+        """Whether so many evaluations at states like y may keep what their gradient needs."""
+        return evaluations * self._record_bytes(self._no_time, y) <= self._room
+
+    def lend(self, t: Tensor, y: Tensor) -> _Loan | None:
+        """Room for the record of an evaluation, while the loan lives; None if there is none."""
+        size = self._record_bytes(t, y)
+        return _Loan(self, size) if size <= self._room else None
+
+    def _record_bytes(self, t: Tensor, y: Tensor) -> int:
+        return int(self._kernels.record_bytes(self._packed, t, y))
 
     def evaluate(self, t: Tensor, y: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """dy/dt and, if asked for, the record for `gradient`."""
@@ -141,12 +157,24 @@ class NativeConvField:
         return [next(grads) if need else None for need in needs]
 
 
+class _Loan:
+    """Part of the memory for a solve's records, given back when this ends."""
+
+    def __init__(self, native: NativeConvField, size: int) -> None:
+        self._native, self._size = native, size
+        native._room -= size
+
+    def __del__(self) -> None:
+        self._native._room += self._size
+
+
 class _Evaluation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, native: NativeConvField, t: Tensor, y: Tensor, *tensors: Tensor
     ) -> Tensor:
-        out, record = native.evaluate(t, y, keep=True)
+        ctx.loan = native.lend(t, y)  # ends with the graph
+        out, record = native.evaluate(t, y, keep=ctx.loan is not None)
         ctx.native = native
         ctx.save_for_backward(record, t, y, *tensors)
         return out
@@ -158,6 +186,9 @@ class _Evaluation(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or fused.is_batched(grad):
             return None, *native.differentiable_gradient(grad, inputs, needs)
+        if record is None:
+            native.field.__dict__["nfe"] += 1
+            _, record = native.evaluate(inputs[0], inputs[1], keep=True)
         return None, *native.gradient(grad, record, inputs[0], inputs[1], needs)
 
 

@@ -284,6 +284,11 @@ def _frozen(options: Options | None) -> tuple[Any, ...] | None:
     return tuple(sorted(options.items()))
 
 
+FEW = 32
+"""Evaluations of a convolutional field that a short solve makes. If there is room for what so many
+keep, the discrete gradient makes none of them again."""
+
+
 def solve(
     func: Field, x: State, t: Tensor, settings: Settings, columns: int = 0
 ) -> tuple[Any, SolveStats]:
@@ -321,9 +326,12 @@ def solve(
     backward = settings.backward(problem)
     plan = settings.plan(problem, backward)
     if plan.backend == "cpu" and isinstance(known, ConvField):
-        problem.field.func = NativeConvField(known)
+        native = problem.field.func = NativeConvField(known)
+        if plan.gradient == "discrete" and plan.keep_steps and native.has_room(problem.y0, FEW):
+            # The same gradient, without evaluating everything once more.
+            plan = replace(plan, gradient="autograd")
     elif plan.backend != "reference" and known is not None and isinstance(x, Tensor):
-        native = fused.prepare(
+        prepared = fused.prepare(
             plan.backend,
             problem,
             known.spec(),
@@ -333,9 +341,9 @@ def solve(
             backward=backward if plan.gradient == "continuous" else None,
         )
         if memo and _says_nothing(problem, settings.options):
-            fused.remember(memo, native)
-        grid = [point for point, _ in problem.grid()] if native.fixed else []
-        call = fused.Call(native, known, problem.times, grid, problem_from)
+            fused.remember(memo, prepared)
+        grid = [point for point, _ in problem.grid()] if prepared.fixed else []
+        call = fused.Call(prepared, known, problem.times, grid, problem_from)
         return fused.run(call, x, known.tensors(), t.dtype), call.stats
     params = settings.adjoint.params if settings.adjoint else None
     return _run(problem, plan, params, backward)

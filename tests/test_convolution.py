@@ -1,6 +1,7 @@
 """A ConvField on the CPU kernels: the field's values, gradients, second derivatives and counts."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrize
 
-from anode_fast import ConvField, MLPField
+from anode_fast import AugODEBlock, ConvField, MLPField, convolution, explain
 from anode_fast.convolution import NativeConvField, why_not
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.kernels.cpu import library
 from tests.helpers import assert_no_worse
+
+odeint_of_package = sys.modules["anode_fast.odeint"]  # the name is the function's
 
 needs_library = pytest.mark.skipif(library.load() is None, reason=library.missing() or "loaded")
 
@@ -239,3 +242,81 @@ def test_why_not():
 def test_why_not_without_the_library(monkeypatch):
     monkeypatch.setattr(library, "missing", lambda: "there is none")
     assert why_not(make(), torch.zeros(2, 3, 5, 4)) == "there is none"
+
+
+# --- solves ---------------------------------------------------------------------------------------
+
+
+def solved(gradient="discrete", **given):
+    """Solution, gradients and stats of a block; and how its field's nfe went on."""
+    torch.manual_seed(0)
+    block = AugODEBlock.conv((1, 6, 5), 8, 2, gradient=gradient, **given).double()
+    x = torch.randn(3, 1, 6, 5, dtype=torch.float64, requires_grad=True)
+    y = block(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
+    return [y.detach(), *grads], block.stats, block.field.nfe
+
+
+@needs_library
+@pytest.mark.parametrize("gradient", ["discrete", "autograd", "continuous", "auto"])
+@pytest.mark.parametrize("given", [{}, dict(method="rk4", options={"step_size": 0.5})], ids=str)
+def test_solves_are_the_references(gradient, given):
+    got, stats, _ = solved(gradient, backend="cpu", **given)
+    ref, count, _ = solved(gradient, backend="reference", **given)
+    assert (stats.backend, count.backend) == ("cpu", "reference")
+    assert (stats.nfe, stats.accepted, stats.rejected) == (
+        count.nfe,
+        count.accepted,
+        count.rejected,
+    )
+    for a, b in zip(got, ref, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@needs_library
+def test_every_image_its_own_steps():
+    got, stats, _ = solved(backend="cpu", step_control="sample")
+    ref, count, _ = solved(backend="reference", step_control="sample")
+    assert stats.backend == "cpu" and stats.nfe == count.nfe
+    for a, b in zip(got, ref, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@needs_library
+def test_evaluations_that_find_no_room_are_made_again(monkeypatch):
+    kept, stats, nfe = solved()
+    assert stats.nfe_backward == 0 and nfe == stats.nfe
+    monkeypatch.setattr(odeint_of_package, "FEW", 10**9)  # step by step, from the states
+    by_step, again, nfe = solved()
+    assert again.nfe_backward > 0 and nfe == again.nfe + again.nfe_backward
+    monkeypatch.setattr(odeint_of_package, "FEW", 0)
+    monkeypatch.setattr(convolution, "KEPT_BYTES", 0)
+    alone, _, nfe = solved()
+    assert nfe > stats.nfe  # those that the gradient needs, once more
+    for a, b, c in zip(kept, by_step, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert torch.equal(a, c)
+
+
+@needs_library
+def test_room_is_given_back_with_the_graph(monkeypatch):
+    field = ConvField(3, 8)
+    native, y = NativeConvField(field), torch.randn(2, 3, 6, 5)
+    whole = native._room
+    values = [native(torch.tensor(0.0), y) for _ in range(3)]
+    assert native._room < whole and native.has_room(y, 3)
+    sum(value.sum() for value in values).backward()
+    del values
+    assert native._room == whole
+    with torch.no_grad():
+        native(torch.tensor(0.0), y)
+    assert native._room == whole
+
+
+@needs_library
+def test_explain_says_who_evaluates():
+    field, y = ConvField(3, 8), torch.zeros(2, 3, 4, 4)
+    text = explain(field, y, torch.tensor([0.0, 1.0]))
+    assert "backend: cpu" in text and "the C++ kernels evaluate the field" in text
+    text = explain(field.half(), y.half(), torch.tensor([0.0, 1.0]))
+    assert "backend: reference" in text and "weights have another dtype" in text

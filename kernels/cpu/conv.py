@@ -101,6 +101,16 @@ class Conv:
             raise MemoryError("anode_fast: no memory for the weights")
         return Packed(address, differentiable, self._free)
 
+    def record_bytes(self, packed: Packed, t: Tensor, y: Tensor) -> int:
+        """Memory that the record of an evaluation takes.
+
+        Args:
+            packed, t, y: As for `evaluate`.
+        """
+        arguments = self._arguments(t, y)
+        size = self._record_size(packed.address, ctypes.byref(arguments))
+        return int(size) * y.element_size()
+
     def evaluate(
         self, packed: Packed, t: Tensor, y: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
