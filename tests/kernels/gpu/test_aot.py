@@ -72,6 +72,7 @@ def test_every_kernel_that_solve_launches_is_there():
     }
     # Kernels have parameters' names; all else that solve.py takes from these modules is numbers.
     launched = {x for x in named if x[0] and hasattr(getattr(*x), "arg_names")}
+    launched.remove((aot.conv, "evaluate"))  # which solvers get
     assert launched == {(kernel.module, kernel.name) for kernel in KERNELS.values()}
 
 
@@ -82,13 +83,20 @@ def test_every_kind_of_launch_is_there():
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("case", [Case("", rows=20, precision="tf32"), Case("", 16, "ieee", 9000)])
 def test_arguments_are_the_kernels_parameters(name, case):
-    case = Case(name, case.hidden, case.precision, case.rows, arch=80)
+    rows = min(case.rows, 20) if Case(name).is_conv else case.rows  # images are large
+    case = Case(name, case.hidden, case.precision, rows, arch=80)
     noted = aot.noted_launch(case)
     kernel = getattr(KERNELS[name].module, KERNELS[name].name)
     assert noted.kernel is kernel
     options = {"num_warps", "num_stages", "maxnreg"} & set(noted.arguments)
     assert set(noted.arguments) - options == set(kernel.arg_names)
-    if KERNELS[name].kind:
+    if case.is_conv:
+        part = "forward" if KERNELS[name].call == "forward" else "gradient"
+        F, found = launch.conv_configuration(part, case.field, *aot.IMAGE, case.precision, 80)
+        assert noted.arguments.get("F", F) == F
+        assert noted.arguments.get("B", found.pixels) == found.pixels
+        assert {key: noted.arguments[key] for key in options}.items() <= found.options.items()
+    elif KERNELS[name].kind:
         kind, is_double = KERNELS[name].kind, case.precision == "ieee"
         arguments = (kind, case.rows, case.field, case.precision, is_double, 80)
         F, found = launch.configuration(*arguments)
@@ -118,6 +126,7 @@ def test_cases_cover_kernels_widths_and_architectures(is_full):
         assert of_arch == aot.cases(is_full, [arch])
         assert {case.kernel for case in of_arch} == set(KERNELS)
         for precision in ("tf32x3", "tf32", *(["ieee"] if is_full else [])):
+            assert any(case.is_conv for case in of_arch if case.precision == precision)
             widths = {case.hidden for case in of_arch if case.precision == precision}
             assert widths >= set(WIDTHS)
     assert {case.activation for case in chosen} == set(range(8))
@@ -131,7 +140,7 @@ def test_everything_is_every_entry_of_the_table():
     entries = {}
     for case in aot.cases(True):
         kind = kinds[case.kernel]
-        if kind and case.hidden in WIDTHS and case.dim == 7:
+        if kind and not case.is_conv and case.hidden in WIDTHS and case.dim == 7:
             is_double = case.precision == "ieee"
             arguments = (kind, case.rows, case.field, case.precision, is_double, case.arch)
             key = (kind, case.hidden, case.precision, case.arch)
@@ -236,3 +245,23 @@ def test_it_compiles_without_a_card(tmp_path):
         assert 0 < row["registers"] <= 255 and row["spill_bytes"] == 0
         assert row["instructions"] > 50 and row["seconds"] > 0
     assert f"{len(table['rows'])} compiled, 0 spill" in done.stdout
+
+
+# --- fields for images ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "registers, shared, fits", [(128, 20480, True), (136, 20480, False), (128, 120000, False)]
+)
+def test_two_programs_of_an_evaluation_fit_on_a_multiprocessor(registers, shared, fits):
+    case = Case("conv_stage", 64, "tf32", 256, dim=6)
+    report = Report(case, rows=128, warps=8, registers=registers, shared=shared)
+    found = aot.breaches(report)
+    assert bool(found) != fits
+    assert fits or "room for 1 programs on a multiprocessor, budget 2" in found[0]
+
+
+def test_recommended_fields_for_images_may_not_spill():
+    for hidden, budget in ((64, 0), (92, aot.MOST_SPILLED)):
+        report = Report(Case("conv_outer", hidden, "tf32", dim=6), spill_bytes=budget + 8, warps=4)
+        assert f"budget {budget}" in aot.breaches(report)[0]
