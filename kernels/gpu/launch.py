@@ -14,6 +14,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 from anode_fast.kernels.gpu import activations
 from anode_fast.kernels.gpu.conv import Conv
@@ -174,6 +175,9 @@ CONV_TABLE: dict[tuple[str, int, int] | tuple[str, int, int, int], tuple[int, in
 and 16-bit parts. "gather" goes before "forward" where the first hidden layer is in memory. Where a
 key goes on with an architecture, that entry goes before the general one."""
 
+LEAST_WIDTH = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+"""Of padded channels. Products of older versions of Triton sum over 16 numbers at least."""
+
 WIDE, CONV_WIDE = 64, (16, 8, 255)
 """Padded channels from which on tiles are small, whatever else; and their entry."""
 
@@ -329,7 +333,8 @@ def conv_configuration(
         precision: Of matrix products, as `precision` has it.
         capability: Of the device; 0 for the interpreter.
     """
-    D, N = max(8, 1 << (field.channels + 1).bit_length()), padded(field.filters)
+    D = max(LEAST_WIDTH, 1 << (field.channels + 1).bit_length())
+    N = padded(field.filters)
     parts = {"ieee": 0, "tf32": 1, "tf32x3": 2}[precision]
     # The first hidden layer is made nine times where that costs no more than to get it nine times.
     through_memory = field.activation not in (
