@@ -29,7 +29,7 @@ def made(channels, filters, activation, time_dependent=True, gain=1.0):
     return field
 
 
-def evaluated(field, x, backend, t=(2.0, 1.0)):
+def evaluated(field, x, backend, t=(2.0, 1.0), sizes=1.0):
     """The step's end, and the gradients of a random functional of it, by name."""
     field.zero_grad()
     x = x.detach().requires_grad_()
@@ -37,7 +37,8 @@ def evaluated(field, x, backend, t=(2.0, 1.0)):
     t = torch.tensor(t, dtype=f64)
     y = odeint(field, x, t, method="euler", backend=backend, options=options)[-1]
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=f64)
-    grads = torch.autograd.grad(y, [x, *field.parameters()], cotangent.to(y))
+    cotangent = (cotangent * sizes).to(y)
+    grads = torch.autograd.grad(y, [x, *field.parameters()], cotangent)
     names = ["d_x", *(f"d_{name}" for name, _ in field.named_parameters())]
     return {"y": (y - x).detach()} | dict(zip(names, grads, strict=True))
 
@@ -112,6 +113,21 @@ def test_images_of_very_different_size(device):
     for of_small in (found["y"][:1], apart["y"]):
         error = (of_small - ref["y"][:1]).abs().max()
         assert error < 1e-6 * ref["y"][0].abs().max()
+
+
+@pytest.mark.parametrize("is_below", [True, False])
+def test_a_tile_whose_neighbour_is_far_larger(is_below, device):
+    # What scales a tile's numbers has to know its neighbours', in either direction.
+    rows = torch.arange(16) >= 8 if is_below else torch.arange(16) < 8
+    sizes = torch.where(rows, 1e7, 1.0).double().reshape(1, 1, 16, 1)
+    field = made(2, 16, "identity")
+    x = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(2), dtype=f64) * sizes
+    x = x.float().double()
+    exact = evaluated(field.float().double(), x, "reference", sizes=sizes)
+    field, x = field.to(device, f32), x.to(device, f32)
+    ref, got = (evaluated(field, x, name, sizes=sizes.cpu()) for name in ("reference", "triton"))
+    for name, value in exact.items():
+        assert_no_worse(got[name], ref[name], value, name)
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
