@@ -117,11 +117,13 @@ def test_images_of_very_different_size(device):
 
 @pytest.mark.parametrize("is_below", [True, False])
 def test_a_tile_whose_neighbour_is_far_larger(is_below, device):
-    # What scales a tile's numbers has to know its neighbours', in either direction.
-    rows = torch.arange(16) >= 8 if is_below else torch.arange(16) < 8
-    sizes = torch.where(rows, 1e7, 1.0).double().reshape(1, 1, 16, 1)
+    # What scales a tile's numbers has to know its neighbours', in either direction; and what scales
+    # those of a sum over tiles, all of them. Three tiles of 8 rows.
+    rows = torch.arange(24) >= 16 if is_below else torch.arange(24) < 8
+    columns = (torch.arange(8) // 2) % 3 > 0  # not those that follow one another in memory
+    sizes = torch.where(rows[:, None] & columns, 1e7, 1.0).double()
     field = made(2, 16, "identity")
-    x = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(2), dtype=f64) * sizes
+    x = torch.randn(1, 2, 24, 8, generator=torch.Generator().manual_seed(2), dtype=f64) * sizes
     x = x.float().double()
     exact = evaluated(field.float().double(), x, "reference", sizes=sizes)
     field, x = field.to(device, f32), x.to(device, f32)
