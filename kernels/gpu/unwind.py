@@ -155,8 +155,6 @@ def cotangent(
             sum += tl.load(adj_f + place, mask=inside, other=0.0)
             tl.store(adj_f + place, tl.zeros([B, D], DTYPE), mask=inside)
         if moment == moment:
-            if s == 0:
-                sum += tl.load(adj_f + place, mask=inside, other=0.0)
             tl.store(found + place, sign * sum, mask=inside)
         else:
             sum += tl.load(adj_f + place, mask=inside, other=0.0)
