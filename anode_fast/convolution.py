@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anode_fast import fused
 from anode_fast.fields import ConvField
@@ -16,8 +16,6 @@ from anode_fast.spec import ConvSpec
 
 KEPT_BYTES = 256 << 20
 """Of the records that a solve's evaluations keep for its gradient. Others are made once more."""
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def why_not(field: Any, y0: Tensor) -> str:
@@ -39,13 +37,8 @@ def why_not(field: Any, y0: Tensor) -> str:
         return f"the state is not [batch, {field.channels}, height, width]"
     if 0 in y0.shape[2:]:
         return "the images have no pixels"
-    tensors = field.tensors()
-    if not all(type(x) in _PLAIN for x in (y0, *tensors)):
-        return "the state or a weight is no plain tensor"
-    if tuple(p.shape for p in tensors) != fused.shapes_of(field.spec()):
-        return "the layers have other shapes than the field was made with"
-    if any(p.dtype != y0.dtype or p.device != y0.device for p in tensors):
-        return "the weights have another dtype or device than the state"
+    if why := fused.why_not_tensors(field.spec(), y0, field.tensors()):
+        return why
     if fused.has_hooks(field):
         return "the field has hooks or a forward of its own, which would not run"
     return fused.why_not_now("cpu")
@@ -148,13 +141,7 @@ class NativeConvField:
             t, y, *tensors = (x.view_as(x) for x in inputs)
             out = self.field.evaluate(tensors, t, y)
             self.field.__dict__["nfe"] = before
-            wanted = [x for x, need in zip((t, y, *tensors), needs, strict=True) if need]
-            grads = iter(
-                torch.autograd.grad(
-                    [out], wanted, [grad], create_graph=create_graph, materialize_grads=True
-                )
-            )
-        return [next(grads) if need else None for need in needs]
+            return fused.gradients_of(out, (t, y, *tensors), grad, needs, create_graph)
 
 
 class _Loan:

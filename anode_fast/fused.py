@@ -100,12 +100,8 @@ def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Seque
         return "the images have no pixels"
     if len(problem.times) == 1:
         return "there is nothing to solve"
-    if not all(type(x) in _PLAIN for x in (y0, *parameters)):
-        return "the state or a weight is no plain tensor"
-    if tuple(p.shape for p in parameters) != shapes_of(spec):
-        return "the layers have other shapes than the field was made with"
-    if any(p.dtype != y0.dtype or p.device != y0.device for p in parameters):
-        return "the weights have another dtype or device than the state"
+    if why := why_not_tensors(spec, y0, parameters):
+        return why
     if problem.shifts is not None:
         return "a gradient with respect to t is wanted"
     if isinstance(problem.rtol, Tensor) or isinstance(problem.atol, Tensor):
@@ -163,6 +159,17 @@ def why_not_adjoint(backend: str, problem: Problem, backward: AdjointOptions) ->
             "the adjoint ODE's norm includes the parameters; "
             "adjoint_options={'norm': 'seminorm'} would do"
         )
+    return ""
+
+
+def why_not_tensors(spec: Spec, y0: Tensor, parameters: Sequence[Any]) -> str:
+    """Why kernels cannot read the memory of a state and a field's weights; "" if they can."""
+    if not all(type(x) in _PLAIN for x in (y0, *parameters)):
+        return "the state or a weight is no plain tensor"
+    if tuple(p.shape for p in parameters) != shapes_of(spec):
+        return "the layers have other shapes than the field was made with"
+    if any(p.dtype != y0.dtype or p.device != y0.device for p in parameters):
+        return "the weights have another dtype or device than the state"
     return ""
 
 
@@ -672,12 +679,23 @@ def _differentiable_gradient(
         problem = call.problem(x, parameters, call.user_times())
         solution = reference.solve(problem, SolveStats(), by_row=call.native.by_row)
         call.stats.nfe_backward = call.field.__dict__["nfe"] - before
-        wanted = [p for p, need in zip((x, *parameters), needs, strict=True) if need]
-        grads = iter(
-            torch.autograd.grad(
-                [solution], wanted, [grad], create_graph=create_graph, materialize_grads=True
-            )
+        return gradients_of(solution, (x, *parameters), grad, needs, create_graph)
+
+
+def gradients_of(
+    value: Tensor,
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    needs: Sequence[bool],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """By autograd, from a cotangent of the value: of the inputs, None where not needed."""
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(
+        torch.autograd.grad(
+            [value], wanted, [grad], create_graph=create_graph, materialize_grads=True
         )
+    )
     return [next(grads) if need else None for need in needs]
 
 

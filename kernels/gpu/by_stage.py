@@ -49,10 +49,8 @@ LEAST_RTOL_OF_TF32 = 1e-3
 WEIGHT_PROGRAMS = 48
 """That sum up gradients of a 3x3 convolution for three taps each; more would take more memory."""
 
-PATIENCE = {BATCH: 16, SAMPLE: 2**31 - 1, FIXED: 0}
+PATIENCE = {BATCH: controller.MOST_NON_FINITE.value, SAMPLE: 2**31 - 1, FIXED: 0}
 """Attempts in a row that give nan or inf before a solve gives up, as the reference has them."""
-
-Launching = tuple[Any, tuple[int, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class Solve(host.Solver):
         *,
         time_flows_back: bool = False,
         **buffers: Tensor,
-    ) -> list[Launching]:
+    ) -> list[host.Launching]:
         """Launches that evaluate stages."""
         F, found = layout.F, []
         tableau, settings = self._constants(buffers["states"].device)
@@ -233,7 +231,7 @@ class Solve(host.Solver):
         weights: tuple[Tensor, ...],
         hidden: Tensor,
         buffers: dict[str, Tensor],
-    ) -> list[Launching]:
+    ) -> list[host.Launching]:
         """The launch before stage s that puts the first hidden layer into memory, if it goes so."""
         if not layout.F.through_memory:
             return []
@@ -443,7 +441,7 @@ class Solve(host.Solver):
         product = _Product(layout, checkpoints.weights, grad, wanted)
         cursor = host.zeros(grad, (layout.groups, combine.CURSOR.value + S))
         arguments, stages = (host.empty(grad, (S, *state)) for _ in range(2))
-        adjoints = host.empty(grad, (S + 1, *state))
+        adjoints, cotangent = host.empty(grad, (S + 1, *state)), host.empty(grad, state)
         adj_y, adj_f = (host.zeros(grad, state, grad.dtype) for _ in range(2))
         x_grad = host.empty(grad, (*grad.shape[1:2], self.data_dim, F.height, F.width))
         num_times = checkpoints.times.shape[0]
@@ -471,14 +469,14 @@ class Solve(host.Solver):
                 *self._stages(again, layout, checkpoints.weights, product.hidden, True, **buffers),
             ]
             for s in reversed(range(S)):
-                collect = dict(adj_f=adj_f, found=product.cotangent, s=s, **shared)
+                collect = dict(adj_f=adj_f, found=cotangent, s=s, **shared)
                 launches.append((unwind.cotangent, (layout.count,), collect))
                 if s >= first:
                     launches += self._first_layer(
                         s, layout, checkpoints.weights, product.hidden, buffers
                     )
                     launches += product.launches(
-                        arguments[s], _moments(cursor, s), adjoints[s], adj_y
+                        arguments[s], _moments(cursor, s), cotangent, adjoints[s], adj_y
                     )
             return host.Queue(launches, grad.device, CHUNKS)
 
@@ -586,7 +584,9 @@ class Solve(host.Solver):
             sums=host.empty(grad, (layout.count, continuous.SUMS.value), torch.float64),
             arrivals=host.zeros(grad, (1,), torch.int32),
         )
-        launches: list[Launching] = [(reverse.begin, (layout.count,), of_solve | shared | begin)]
+        launches: list[host.Launching] = [
+            (reverse.begin, (layout.count,), of_solve | shared | begin)
+        ]
         buffers = dict(states=states, arguments=arguments, stages=stages, cursor=cursor)
         for s in range(1, S):
             launches += self._stages(
@@ -595,8 +595,8 @@ class Solve(host.Solver):
             launches += product.launches(
                 arguments[s % 2],
                 _moments(cursor, s),
+                a_arguments[s % 2],
                 found,
-                cotangent=a_arguments[s % 2],
                 of_time=of_time[s],
                 sums=s,
             )
@@ -612,17 +612,7 @@ class Solve(host.Solver):
         queued, made = host.Queue(launches, grad.device, CHUNKS), 1
 
         def outcome() -> host.Result:
-            state = begun.tolist()
-            before = host.CONTROL + continuous.ACCEPTED_BEFORE.value
-            return host.Result(
-                status=int(state[host.STATUS]) - 1,
-                nfe=int(state[controller.NFE.value]),
-                accepted=int(state[controller.ACCEPTED.value] + state[before]),
-                rejected=int(state[controller.REJECTED.value] + state[before + 1]),
-                t=-state[controller.T.value],
-                dt=state[controller.DT.value],
-                launches=made,
-            )
+            return host.adjoint_result(begun, made)
 
         def gradients() -> list[Tensor]:
             if not wanted:
@@ -690,7 +680,6 @@ class _Product:
         self._wanted = wanted
         self._programs = min(layout.count, host.most_programs(like.device))
         self._weight_programs = min(layout.count, WEIGHT_PROGRAMS)
-        self.cotangent = host.empty(like, (layout.total, D))
         self.hidden = host.empty(like, (layout.total if F.through_memory else 0, N))
         self._deltas = host.empty(like, (layout.total, N))
         self._largest = host.empty(like, (layout.count, 2))
@@ -716,21 +705,21 @@ class _Product:
         self,
         x: Tensor,
         moments: dict[str, Any],
+        cotangent: Tensor,
         found: Tensor,
         total: Tensor | None = None,
         *,
-        cotangent: Tensor | None = None,
         of_time: Tensor | None = None,
         sums: int = 0,
-    ) -> list[Launching]:
+    ) -> list[host.Launching]:
         """Those that take a product and add up gradients.
 
         Args:
             x: Argument of the evaluation.
             moments: When it was.
+            cotangent: Of its value.
             found: Gets the product.
             total: Gets it added.
-            cotangent: Of the value; `self.cotangent` if None.
             of_time: Gets the product with respect to the time, of each tile.
             sums: Number of the set.
         """
@@ -752,15 +741,14 @@ class _Product:
             **shared,
         )
         outer = dict(
-            hidden=self.hidden,
-            cotangent=self.cotangent if cotangent is None else cotangent,
+            **dict(hidden=self.hidden, cotangent=cotangent),
             **dict(sums=parts["outer"], bias_sums=parts["bias"], **of_both),
         )
         inner = dict(
             **dict(found=found, total=found if total is None else total, sums=parts["inner"]),
             **dict(NEAR=near, ADD=total is not None, **of_both),
         )
-        made: list[Launching] = [
+        made: list[host.Launching] = [
             (conv.vjp_outer, (self._programs,), outer),
             (conv.vjp_inner, (self._programs,), inner),
         ]

@@ -360,8 +360,8 @@ def finish(
                 limit = tl.where(KEEP, capacity, 2147483647).to(tl.float64)
                 count = tl.maximum(pixels, 1).to(tl.float64) * CHANNELS
                 mine = sums + group * tiles * SUMS
-                norm0 = tl.sqrt(sum_of(mine, tiles) / count)
-                norm1 = tl.sqrt(sum_of(mine + 1, tiles) / count)
+                norm0 = tl.sqrt(sum_of(mine, tiles, SUMS) / count)
+                norm1 = tl.sqrt(sum_of(mine + 1, tiles, SUMS) / count)
                 if phase == STEP:
                     controller.after_attempt(
                         control, settings, t, dt, t1, norm0, output, S - 1, end, limit, patience
@@ -369,7 +369,7 @@ def finish(
                 elif phase == GUESS:
                     controller.after_guess(control, settings, t, dt, norm0, end, limit)
                 else:
-                    is_finite = sum_of(mine + 2, tiles) == 0
+                    is_finite = sum_of(mine + 2, tiles, SUMS) == 0
                     controller.after_start(
                         control, settings, t, norm0, norm1, is_finite, end, limit
                     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anode_fast.kernels.gpu import controller
+from anode_fast.kernels.gpu import continuous, controller
 from anode_fast.kernels.interface import SUCCESS, Method
 
 CONTROL = controller.CONTROL.value
@@ -55,6 +55,21 @@ class Result:
     """Of a failure with one step size: the last state and its derivative."""
     later: Callable[[], Result] | None = None
     """Of a captured solve, whose other counts are 0: waits for the device and finds them there."""
+
+
+def adjoint_result(state: Tensor, launches: int) -> Result:
+    """How an adjoint ODE stands. `state`: its control, then its progress; waits for the device."""
+    found = state.tolist()
+    before = CONTROL + continuous.ACCEPTED_BEFORE.value
+    return Result(
+        status=int(found[STATUS]) - 1,
+        nfe=int(found[controller.NFE.value]),
+        accepted=int(found[controller.ACCEPTED.value] + found[before]),
+        rejected=int(found[controller.REJECTED.value] + found[before + 1]),
+        t=-found[controller.T.value],
+        dt=found[controller.DT.value],
+        launches=launches,
+    )
 
 
 class Solver:
@@ -123,12 +138,16 @@ class Solver:
         return self._max_num_steps
 
 
+Launching = tuple[Any, tuple[int, ...], dict[str, Any]]
+"""A kernel, its grid, and its arguments."""
+
+
 class Queue:
     """Launches, to be made in the same order again and again with the same arguments.
 
     Args:
-        launches: Each a kernel, its grid, and its arguments. Those of one kernel differ in numbers
-            that it is not specialized for, and in tensors of the same kind.
+        launches: Those of one kernel differ in numbers that it is not specialized for, and in
+            tensors of the same kind.
         device: Where.
         chunks: Rounds of them to queue at first, and later, before the host looks; None if one
             round is all it takes.
@@ -136,7 +155,7 @@ class Queue:
 
     def __init__(
         self,
-        launches: Sequence[tuple[Any, tuple[int, ...], dict[str, Any]]],
+        launches: Sequence[Launching],
         device: torch.device,
         chunks: tuple[int, int] | None,
     ) -> None:

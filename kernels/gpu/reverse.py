@@ -63,7 +63,7 @@ from anode_fast.kernels.gpu.controller import (
     STEP,
     T,
 )
-from anode_fast.kernels.gpu.runge_kutta import WAVE, larger, scaled_square, total
+from anode_fast.kernels.gpu.runge_kutta import larger, scaled_square, sum_of, total
 
 BLOCK = tl.constexpr(1024)  # sums of a program of `commit`
 
@@ -239,14 +239,14 @@ def finish(
                 tl.store(shares + s, 0.0 * u)
             tl.store(shares + S, 0.0 * u)
             numbers = pixels.to(tl.int64) * CHANNELS
-            slope = _sum_of(of_time + (S - 1) * tiles, tiles)
+            slope = sum_of(of_time + (S - 1) * tiles, tiles, 1)
             tl.store(progress + TOTALS + 4, slope)
             limit = tl.full([], 2147483647, tl.float64)
             if phase == STEP:
                 change = 0.0 * u
                 error = 0.0 * u
                 for s in range(1, S):
-                    of_stage = _sum_of(of_time + s * tiles, tiles)
+                    of_stage = sum_of(of_time + s * tiles, tiles, 1)
                     change += of_stage * tl.load(tableau + S * S + s)
                     error += of_stage * tl.load(tableau + (S + 2) * S + s)
                 tl.store(progress + TOTALS + 2, change)
@@ -274,18 +274,6 @@ def finish(
                     control, progress, settings, u, output, num_times, numbers, end, limit
                 )  # fmt: skip
                 tl.store(shares + S, 1.0)
-
-
-@triton.jit
-def _sum_of(numbers, count):
-    """Their sum, always in the same order."""
-    i = tl.arange(0, WAVE)
-    wave = tl.zeros([WAVE], tl.float64)
-    for begin in range(0, count, WAVE):
-        wave += tl.load(
-            numbers + begin + i, mask=begin + i < count, other=0.0, cache_modifier=".cg"
-        )
-    return tl.sum(wave, 0)
 
 
 @triton.jit(do_not_specialize=["count"])

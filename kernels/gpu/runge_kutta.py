@@ -346,8 +346,8 @@ def adaptive(
         if not LOOP:
             arrived = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
         if arrived == programs - 1:
-            norm0 = tl.sqrt(sum_of(sums, programs) / count)
-            norm1 = tl.sqrt(sum_of(sums + 1, programs) / count)
+            norm0 = tl.sqrt(sum_of(sums, programs, SUMS) / count)
+            norm1 = tl.sqrt(sum_of(sums + 1, programs, SUMS) / count)
             if phase == STEP:
                 if KEEP:
                     tl.store(steps + 2 * accepted, t)
@@ -358,7 +358,7 @@ def adaptive(
             elif phase == GUESS:
                 controller.after_guess(control, settings, t, dt, norm0, end, limit)
             else:
-                is_finite = sum_of(sums + 2, programs) == 0
+                is_finite = sum_of(sums + 2, programs, SUMS) == 0
                 controller.after_start(control, settings, t, norm0, norm1, is_finite, end, limit)
             if not LOOP:
                 tl.store(arrivals, 0)
@@ -369,12 +369,12 @@ def adaptive(
 
 
 @triton.jit
-def sum_of(sums, programs):
-    """Sum over the programs, always in the same order."""
+def sum_of(sums, programs, APART: tl.constexpr):
+    """Sum over the programs, always in the same order; their numbers are APART from each other."""
     i = tl.arange(0, WAVE)
     wave = tl.zeros([WAVE], tl.float64)
     for begin in range(0, programs, WAVE):
-        at = sums + (begin + i) * SUMS
+        at = sums + (begin + i) * APART
         wave += tl.load(at, mask=begin + i < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(wave, 0)
 

@@ -566,17 +566,7 @@ class Solve(host.Solver):
             return self._reduced(sums, parameters)
 
         def outcome() -> host.Result:
-            found = state.tolist()
-            before = host.CONTROL + continuous.ACCEPTED_BEFORE.value
-            return host.Result(
-                status=int(found[host.STATUS]) - 1,
-                nfe=int(found[controller.NFE.value]),
-                accepted=int(found[controller.ACCEPTED.value] + found[before]),
-                rejected=int(found[controller.REJECTED.value] + found[before + 1]),
-                t=-found[controller.T.value],
-                dt=found[controller.DT.value],
-                launches=launches,
-            )
+            return host.adjoint_result(state, launches)
 
         if is_captured:
             launches = 1 if programs == 1 else pieces * (self._captured_attempts() + 1) + 1

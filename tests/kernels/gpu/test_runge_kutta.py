@@ -272,7 +272,7 @@ def test_number_before(dtype, device):
 
 @triton.jit
 def _sum(sums_ptr, out_ptr, programs):
-    tl.store(out_ptr, runge_kutta.sum_of(sums_ptr + 1, programs))
+    tl.store(out_ptr, runge_kutta.sum_of(sums_ptr + 1, programs, runge_kutta.SUMS))
 
 
 @pytest.mark.parametrize("programs", [1, 128, 129, 300])
