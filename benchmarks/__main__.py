@@ -18,7 +18,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and runs the subcommand it names."""
     try:
-        from benchmarks import images, quickstart, roofline
+        from benchmarks import images, quickstart, report, roofline
+        from benchmarks.paper import command as paper
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(("anode_fast", "benchmarks")):
             raise
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = _Parser(prog="python -m benchmarks", description="Benchmarks of anode_fast.")
     commands = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     # Each benchmark adds its own subcommand and sets `run`, which takes the parsed arguments.
-    for benchmark in (quickstart, images, roofline):
+    for benchmark in (quickstart, images, paper, report, roofline):
         benchmark.add_command(commands)
     args = parser.parse_args(argv)
     try:

@@ -90,6 +90,10 @@ class TorchdiffeqBlock(nn.Module):
         self._nfe = self.field.nfe
         return solution[-1] if eval_times is None else solution
 
+    def trajectory(self, x: Tensor, timesteps: int) -> Tensor:
+        """The states at equally spaced times from start to end, [timesteps, batch, dim, ...]."""
+        return self(x, torch.linspace(*self.t.tolist(), timesteps))
+
     @property
     def stats(self) -> SolveStats:
         """Evaluations of the last solve and, once it is done, of its backward pass.

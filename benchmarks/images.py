@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from anode_fast import ConvODENet
 from benchmarks import image_data, machine
+from benchmarks.arguments import positive, usable_device
 from benchmarks.baselines import ConcatenatingConvField, with_torchdiffeq
 from benchmarks.data import batches
 from benchmarks.image_data import Images
-from benchmarks.quickstart import positive, usable_device
 from benchmarks.train import IN_A_ROW, Run, in_turns
 
 OURS, THEIRS = SOLVERS = ("anode_fast", "torchdiffeq")

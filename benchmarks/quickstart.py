@@ -41,8 +41,10 @@ import anode_fast
 from anode_fast import ODENet, SolverError
 from anode_fast.kernels.cpu import library
 from benchmarks import machine
+from benchmarks.arguments import positive, usable_device
 from benchmarks.baselines import with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
+from benchmarks.style import INNER, MODEL_COLORS, OUTER, SOLVER_STYLES, STYLE
 from benchmarks.train import GRADIENT, PARTS, SOLVE, STEP, Run, in_turns
 
 SOLVERS = ("anode_fast", "torchdiffeq")
@@ -165,26 +167,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--threads", type=positive, default=Config.threads, help=f"default {Config.threads}"
     )
     parser.set_defaults(run=main)
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"want at least 1, got {value}")
-    return value
-
-
-def usable_device(text: str) -> str:
-    """An argument that names a device which is there."""
-    try:
-        torch.empty(0, device=text)
-        if torch.device(text).type not in ("cpu", "cuda"):
-            raise RuntimeError("want cpu or cuda")
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from None
-    return text
 
 
 def main(args: argparse.Namespace) -> None:
@@ -465,26 +447,6 @@ def _gpu(config: Config) -> str | None:
 
 
 # ---- pictures
-
-# Okabe and Ito's colours, told apart with every kind of colour vision.
-INNER, OUTER = "#0072B2", "#E69F00"
-MODEL_COLORS = {"NODE": "#CC3377", "ANODE": "#009E73"}
-SOLVER_STYLES: dict[str, dict[str, Any]] = {
-    "torchdiffeq": {"linewidth": 5, "alpha": 0.3, "solid_capstyle": "butt"},
-    "anode_fast": {"linewidth": 1.3},
-}
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "savefig.dpi": 180,
-}
 
 
 @dataclass
