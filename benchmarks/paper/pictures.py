@@ -92,4 +92,4 @@ def _projected(states: Tensor, dim: int, inner: Tensor) -> Tensor:
 
 
 def _list(values: Tensor) -> Any:
-    return [_list(row) for row in values] if values.dim() else round(values.item(), DECIMALS)
+    return values.double().cpu().round(decimals=DECIMALS).tolist()

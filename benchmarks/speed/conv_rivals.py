@@ -17,7 +17,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from anode_fast import ConvField, ConvODENet
+from anode_fast import ConvField, ConvODENet, ODENet
 from benchmarks.baselines import ConcatenatingConvField, with_torchdiffeq
 from benchmarks.speed.rivals import (
     TOLERANCE,
@@ -27,6 +27,7 @@ from benchmarks.speed.rivals import (
     TorchRival,
     with_odeint,
 )
+from benchmarks.train import Loss
 
 CHECKED_IMAGES = 2  # of those whose error is known
 CLASSES = 10
@@ -164,15 +165,24 @@ class TrainingStep:
 
     Args:
         net: With a `block` that has `stats`.
-        images: Of the batch, on the net's device.
+        inputs, targets: The batch, on the net's device.
+        loss_function: Of the net's outputs and the targets.
         threads: Of torch.
     """
 
-    def __init__(self, net: ConvODENet, images: Tensor, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        net: ODENet | ConvODENet,
+        inputs: Tensor,
+        targets: Tensor,
+        loss_function: Loss = nn.functional.cross_entropy,
+        *,
+        threads: int = 1,
+    ) -> None:
         self.net = net
-        self.images = images
-        generator = torch.Generator().manual_seed(2)
-        self.labels = torch.randint(CLASSES, (len(images),), generator=generator).to(images.device)
+        self.inputs = inputs
+        self.targets = targets
+        self.loss_function = loss_function
         self.optimizer = torch.optim.Adam(net.parameters(), lr=0.0)
         self.threads = threads
         self.gradient = True
@@ -180,15 +190,15 @@ class TrainingStep:
     def __call__(self) -> None:
         """Makes one step, and waits until it is done."""
         self.run()
-        if self.images.is_cuda:
+        if self.inputs.is_cuda:
             torch.cuda.synchronize()
 
     def run(self) -> tuple[Tensor, ...]:
         """Makes one step, on a GPU without waiting for its end."""
         with torch.enable_grad():
             self.optimizer.zero_grad()
-            outputs: Tensor = self.net(self.images)
-            nn.functional.cross_entropy(outputs, self.labels).backward()
+            outputs: Tensor = self.net(self.inputs)
+            self.loss_function(outputs, self.targets).backward()
             self.optimizer.step()
         return (outputs,)
 
@@ -207,6 +217,8 @@ def training_steps(
 ) -> dict[str, TrainingStep]:
     """Our step, torchdiffeq's with the paper's field, and that with it compiled, by name.
 
+    The labels are random.
+
     Args:
         case: The images and the field.
         backend: Of our side.
@@ -223,6 +235,9 @@ def training_steps(
             net, rewrite=lambda field: Compiled(ConcatenatingConvField(field), **compiling)
         ),
     }
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(CLASSES, (case.batch,), generator=generator).to(case.device)
     return {
-        name: TrainingStep(net, case.images, threads=case.threads) for name, net in nets.items()
+        name: TrainingStep(net, case.images, labels, threads=case.threads)
+        for name, net in nets.items()
     }

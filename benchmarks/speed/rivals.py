@@ -100,14 +100,14 @@ class Outcome:
     Attributes:
         y1: The state at t = 1, [batch, dim].
         gradients: Of y1.sum(), one per parameter; empty without a backward pass.
-        nfe: Evaluations in the forward solve.
+        nfe: Evaluations in the forward solve; the mean if there were several.
         nfe_backward: Further evaluations for the gradient.
     """
 
     y1: Tensor
     gradients: tuple[Tensor, ...]
-    nfe: int
-    nfe_backward: int
+    nfe: float
+    nfe_backward: float
 
     def agrees_with(self, other: Outcome) -> bool:
         """Whether both solved the same problem: far beyond tolerance is a mistake of the set-up."""
