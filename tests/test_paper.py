@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -50,7 +51,7 @@ SCALE = replace(
     sizes={MNIST: 8, CIFAR10: 8},
     sources={MNIST: "digits", CIFAR10: "synthetic"},
     turns=(1, 1),
-    image_turns=(1, 1),
+    image_turns=(1, 1, 32),
 )
 
 
@@ -321,6 +322,40 @@ def test_a_mistake_in_a_process_is_raised(tmp_path):
     jobs = [pool.Job(replace(TINY, data="nothing of this name"), (OURS,))]
     with pytest.raises(ValueError, match="nothing of this name"):
         list(pool.work(jobs, place(tmp_path, 2), lambda iterations: None))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_killed_parent_leaves_no_process_behind(tmp_path):
+    code = (
+        "from pathlib import Path; from dataclasses import replace;"
+        "from tests.test_paper import TINY, place; from benchmarks.paper import pool;"
+        f"folder = Path({str(tmp_path)!r});"
+        "jobs = [pool.Job(replace(TINY, epochs=500, repeat=i), ('anode_fast',)) for i in (0, 1)];"
+        "list(pool.work(jobs, place(folder, 2), lambda n: print('at work', flush=True)))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"if __name__ == '__main__':\n    {code}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout.readline() == "at work\n"
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(children) >= 2
+    parent.kill()
+    parent.communicate()
+    end = time.monotonic() + 20
+    while any(map(running, children)):
+        assert time.monotonic() < end, "processes outlive their parent"
+        time.sleep(0.1)
+
+
+def running(pid):
+    """A zombie, which nobody waits for, is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 # ---- summaries

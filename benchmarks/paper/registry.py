@@ -47,7 +47,7 @@ class Scale:
         sizes: Height and width of "MNIST" and "CIFAR10".
         sources: Which data sets stand for these two.
         turns: Epochs and repeats of the trainings of points that are timed beside torchdiffeq's.
-        image_turns: The same of images.
+        image_turns: The same of images, and how many images, so that a CPU has time for them.
         seed, device: Of the settings.
     """
 
@@ -71,7 +71,7 @@ class Scale:
     sizes: dict[str, int] = field(default_factory=lambda: {MNIST: 28, CIFAR10: 32})
     sources: dict[str, str] = field(default_factory=lambda: {MNIST: "mnist", CIFAR10: "cifar10"})
     turns: tuple[int, int] = (50, 3)
-    image_turns: tuple[int, int] = (1, 1)
+    image_turns: tuple[int, int, int] = (2, 1, 1024)
     seed: int = 0
     device: str = "cpu"
 
@@ -119,7 +119,7 @@ SCALES = {
         overfitting_epochs=150,
         sizes={MNIST: 14, CIFAR10: 16},
         turns=(20, 1),
-        image_turns=(3, 1),
+        image_turns=(3, 1, 1024),
     ),
     "smoke": Scale(
         "smoke",
@@ -135,7 +135,7 @@ SCALES = {
         overfitting_epochs=10,
         sizes={MNIST: 8, CIFAR10: 8},
         turns=(3, 1),
-        image_turns=(2, 1),
+        image_turns=(2, 1, 64),
     ),
 }
 
@@ -164,6 +164,7 @@ class Figure:
         title: In words.
         entries: All its lines, at a scale.
         shows: Pictures of trained nets that it draws beside curves.
+        curves: Whether it draws curves: a search has far too many.
         images: Whether it is about images.
     """
 
@@ -171,6 +172,7 @@ class Figure:
     title: str
     entries: Callable[[Scale], Iterator[Entry]]
     shows: tuple[str, ...] = ()
+    curves: bool = True
     images: bool = False
 
 
@@ -306,9 +308,9 @@ def _speed(scale: Scale) -> Iterator[Entry]:
     for entry in _toys(replace(scale, repeats=repeats), (NODE, ANODE)):
         settings = (replace(x, epochs=epochs, in_turns=True) for x in entry.settings)
         yield replace(entry, settings=tuple(settings))
-    epochs, repeats = scale.image_turns
+    epochs, repeats, images = scale.image_turns
     for model, augment in ((NODE, 0), (ANODE, AUGMENTED)):
-        setting = scale.on_images(MNIST, augment, epochs=epochs, in_turns=True)
+        setting = scale.on_images(MNIST, augment, epochs=epochs, images=images, in_turns=True)
         yield _repeated(scale, MNIST, model, setting, repeats)
 
 
@@ -325,7 +327,7 @@ FIGURES = {
         Figure("10", "Features of an ANODE while it trains", _anode_features, ("features",)),
         Figure("11", "Function evaluations of NODE and ANODE", _node_and_anode),
         Figure("12", "Generalisation", _generalisation, ("plane",)),
-        Figure("search", "Hyper-parameters, 3-fold cross-validation", _search),
+        Figure("search", "Hyper-parameters, 3-fold cross-validation", _search, curves=False),
         Figure("speed", "Training by turns with torchdiffeq", _speed),
         Figure("13", "Images, by augmented channels", _images, images=True),
         Figure("14", "Images, equal parameters", _equal_parameters, images=True),

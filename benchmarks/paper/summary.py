@@ -35,7 +35,7 @@ def summarise(
         for solver in entry.settings[0].solvers(tuple(solvers)):
             found = _read(entry, solver, folder)
             if found:
-                groups.append(_group(entry, solver, found, figure.shows))
+                groups.append(_group(entry, solver, found, figure))
                 runs += found
     versions: dict[str, set[str]] = {}
     for run in runs:
@@ -62,9 +62,7 @@ def _read(entry: Entry, solver: str, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def _group(
-    entry: Entry, solver: str, runs: list[dict[str, Any]], shows: Iterable[str]
-) -> dict[str, Any]:
+def _group(entry: Entry, solver: str, runs: list[dict[str, Any]], figure: Figure) -> dict[str, Any]:
     every = runs[0]["every"]
 
     def at(name: str, point: int) -> list[float | None]:
@@ -72,13 +70,6 @@ def _group(
         curves = [_points(run[name], every) for run in runs]
         return [_round(curve[point]) if len(curve) else None for curve in curves]
 
-    curves = {
-        name: _curve([_points(run[key], every) for run in runs])
-        for name, key in zip(("loss", "nfe", "nfe_backward"), AS_LISTS, strict=True)
-    }
-    curves["seconds"] = _curve([_at_ends(np.cumsum(run["ms"]) / 1e3, every) for run in runs])
-    if any(run["validation"]["loss"] for run in runs):
-        curves["validation"] = _curve([np.array(x["validation"]["loss"], float) for x in runs])
     parity = [run["parity"] for run in runs if run["parity"]]
     pictures = runs[0]["pictures"]
     return {
@@ -90,7 +81,7 @@ def _group(
         "data": _distinct(run["data"] for run in runs),
         "runs": len(runs),
         "every": every,
-        "curves": curves,
+        "curves": _curves(runs, every) if figure.curves else {},
         "loss": at("losses", -1),
         "loss_at_start": at("losses", 0),
         "nfe": at("nfe", -1),
@@ -109,8 +100,20 @@ def _group(
             if run["failure"]
         ],
         "parity": _total(parity),
-        "pictures": {name: pictures[name] for name in shows if name in pictures},
+        "pictures": {name: pictures[name] for name in figure.shows if name in pictures},
     }
+
+
+def _curves(runs: list[dict[str, Any]], every: int) -> dict[str, Any]:
+    """All curves of some repetitions, by name."""
+    curves = {
+        name: _curve([_points(run[key], every) for run in runs])
+        for name, key in zip(("loss", "nfe", "nfe_backward"), AS_LISTS, strict=True)
+    }
+    curves["seconds"] = _curve([_at_ends(np.cumsum(run["ms"]) / 1e3, every) for run in runs])
+    if any(run["validation"]["loss"] for run in runs):
+        curves["validation"] = _curve([np.array(x["validation"]["loss"], float) for x in runs])
+    return curves
 
 
 def _points(values: Sequence[float], every: int) -> np.ndarray:
