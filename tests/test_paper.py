@@ -256,7 +256,7 @@ def test_the_first_repetition_has_pictures(tmp_path):
     first = taken["features"]["0"]
     assert np.array(first["states"]).shape == (96, 3) and sum(first["inner"]) == 32
     assert np.abs(np.array(first["states"])[:, :2]).max() < 4
-    assert np.array(taken["flow"]["states"]).shape == (pictures.TIMES, 96, 3)
+    assert np.array(taken["flow"]["states"]).shape == (pictures.TIMES, 20 + 40, 3)
     start = np.array(taken["flow"]["states"])[0]
     assert (start[:, 2] == 0).all()  # augmented
     assert np.array(taken["plane"]["values"]).shape == (pictures.GRID, pictures.GRID)

@@ -301,10 +301,13 @@ def _node_struggles(summaries: Summaries) -> Answer:
 def _separable(summaries: Summaries, dim: int) -> Answer:
     hard = group_of(summaries, "5", _g(dim), NODE)
     easy = group_of(summaries, "5", f"separable, d = {dim}", NODE)
-    return _epochs(easy, COMPARED) < _epochs(hard, COMPARED), (
-        f"To a loss of {COMPARED}: {_said_epochs(easy, COMPARED)} on separable data, "
-        f"{_said_epochs(hard, COMPARED)} on g(x). Final loss: {spread(easy, 'loss')} and "
-        f"{spread(hard, 'loss')} ({_runs(hard)})."
+    learned = [sum(x <= COMPARED for x in values(group, "loss")) for group in (easy, hard)]
+    faster = _epochs(easy, COMPARED) < _epochs(hard, COMPARED)
+    return learned[0] > learned[1] or (learned[0] == learned[1] and faster), (
+        f"{learned[0]} of {_runs(easy)} end at {COMPARED} or less on separable data, {learned[1]} "
+        f"of {_runs(hard)} on g(x). The mean loss gets there: {_said_epochs(easy, COMPARED)}, "
+        f"{_said_epochs(hard, COMPARED)}. Final loss: {spread(easy, 'loss')}, "
+        f"{spread(hard, 'loss')}."
     )
 
 
@@ -661,7 +664,8 @@ CLAIMS: tuple[Claim, ...] = (
             f"Separable data are easier, d = {dim}",
             "The NODE has less trouble with data that can be separated without tearing the space "
             "apart (figure 5).",
-            f"The mean loss of the NODE gets to {COMPARED} in fewer epochs than on g(x).",
+            f"More of the NODE's runs end at a loss of at most {COMPARED} than on g(x), or as many "
+            "and the mean loss gets there in fewer epochs.",
             ("5",),
             partial(_separable, dim=dim),
             (_g(dim), f"separable, d = {dim}"),

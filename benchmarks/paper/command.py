@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import image_data
 from benchmarks.arguments import positive, usable_device
 from benchmarks.paper import pool, registry
-from benchmarks.paper.draw import draw
+from benchmarks.paper.draw import draw, panels
 from benchmarks.paper.registry import FIGURES, GROUPS, SCALES, Figure, Scale
 from benchmarks.paper.runs import iterations, write_json
 from benchmarks.paper.settings import OURS, THEIRS, Setting
@@ -233,33 +233,36 @@ def _log(place: pool.Place, line: dict[str, Any]) -> None:
 
 
 def _report(summary: dict[str, Any], console: Console) -> None:
-    """A table of a figure's groups."""
-    if not summary["groups"]:
+    """A table of a figure's groups; columns that have nothing are left out."""
+    groups = summary["groups"]
+    if summary["figure"] == "search":  # of each model the best
+        ranked = sorted(groups, key=lambda x: _number(x["validation"]))
+        groups = [next(x for x in ranked if x["panel"] == name) for name in panels(summary)]
+    columns = {
+        "": [": ".join(filter(None, (x["panel"], x["label"]))) for x in groups],
+        "solver": [x["solver"] if x["solver"] != OURS else "" for x in groups],
+        "runs": [str(x["runs"]) for x in groups],
+        "failed": [str(len(x["failures"]) or "") for x in groups],
+        "loss": [_mean(x["loss"], ".2g") for x in groups],
+        "held out": [_mean(x["validation"], ".2g") for x in groups],
+        "NFE": [_mean(x["nfe_at_start"], ".1f") for x in groups],
+        "at end": [_mean(x["nfe"], ".1f") for x in groups],
+        "ms/it": [_mean(x["ms"], ".4g", of=median) for x in groups],
+    }
+    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
+    if not columns:
         return
     table = Table(
         box=SIMPLE_HEAD,
         title=f"{summary['figure']}: {summary['title']}",
         title_justify="left",
-        caption="; ".join(summary["data"]),
+        caption="; ".join(summary["data"][:3]) + ("; ..." if len(summary["data"]) > 3 else ""),
         caption_justify="left",
     )
-    for heading in ("", "", "solver"):
-        table.add_column(heading)
-    for heading in ("runs", "failed", "loss", "held out", "NFE", "ms/it"):
-        table.add_column(heading, justify="right")
-    for group in summary["groups"]:
-        nfe = [_mean(group[name], ".1f") for name in ("nfe_at_start", "nfe")]
-        table.add_row(
-            group["panel"],
-            group["label"],
-            group["solver"],
-            str(group["runs"]),
-            str(len(group["failures"]) or ""),
-            _mean(group["loss"], ".2g"),
-            _mean(group["validation"], ".2g"),
-            " to ".join(nfe),
-            _mean(group["ms"], ".2f", of=median),
-        )
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading in ("", "solver") else "right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     console.print(table)
     for note in summary["notes"]:
         console.print(note, style="yellow", markup=False)
@@ -268,3 +271,8 @@ def _report(summary: dict[str, Any], console: Console) -> None:
 def _mean(values: Sequence[float | None], form: str, of: Any = fmean) -> str:
     found = [value for value in values if value is not None]
     return format(of(found), form) if found else ""
+
+
+def _number(values: Sequence[float | None]) -> float:
+    """The mean, inf if there is none."""
+    return float(_mean(values, "") or "inf")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from benchmarks.paper.settings import FLOWS, RESNET, SLICES, TOYS, Setting
 
 SHOWN = 60, 120  # points of either class
+MOVING = 20, 40  # of those of a flow, which has every point many times
 TIMES = 25  # of a flow
 GRID, EDGE = 61, 2.0  # of the plane: points along a side, and from -EDGE to EDGE
 STARTS, LIMIT = 13, 1.6  # of the flows in 1d: trajectories, from -LIMIT to LIMIT
@@ -32,7 +33,7 @@ def snapshots(points: int) -> set[int]:
 
 def features(net: nn.Module, inputs: Tensor, inner: Tensor) -> dict[str, Any]:
     """Final states of some points: the data's dimensions and, if augmented, the telling one."""
-    shown, classes = _shown(inputs, inner)
+    shown, classes = _some(inputs, inner, SHOWN)
     with torch.no_grad():
         states = _projected(net.block(shown)[None], inputs.shape[1], classes)
     return {"states": _list(states[0]), "inner": classes.tolist()}
@@ -43,7 +44,7 @@ def at_the_end(setting: Setting, net: nn.Module, inputs: Tensor, inner: Tensor) 
     with torch.no_grad():
         if setting.data in FLOWS:
             return {"trajectories": _trajectories(setting, net, inputs.dtype)}
-        shown, classes = _shown(inputs, inner)
+        shown, classes = _some(inputs, inner, MOVING)
         taken: dict[str, Any] = {}
         if setting.model != RESNET:
             states = _projected(net.block.trajectory(shown, TIMES), setting.dim, classes)
@@ -70,9 +71,9 @@ def _trajectories(setting: Setting, net: nn.Module, dtype: torch.dtype) -> dict[
     return {"states": _list(states.squeeze(2)), "field": _list(slopes)}
 
 
-def _shown(inputs: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+def _some(inputs: Tensor, inner: Tensor, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The first few points of either class, and which of them are inner ones."""
-    few = [(inner == flag).nonzero().flatten()[:n] for flag, n in zip((1, 0), SHOWN, strict=True)]
+    few = [(inner == flag).nonzero().flatten()[:n] for flag, n in zip((1, 0), counts, strict=True)]
     index = torch.cat(few)
     return inputs[index.to(inputs.device)], inner[index]
 
