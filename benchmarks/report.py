@@ -32,10 +32,12 @@ from benchmarks.paper.claims import (
     NOT_HELD,
     NOT_RUN,
     SOLVER,
-    SYNTHETIC,
     TOY,
     Claim,
     Finding,
+)
+from benchmarks.paper.reading import (
+    SYNTHETIC,
     Group,
     Spread,
     Summaries,

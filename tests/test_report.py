@@ -21,8 +21,9 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from benchmarks import report
-from benchmarks.paper import claims
-from benchmarks.paper.claims import CLAIMS, HELD, NOT_HELD, NOT_RUN, Spread
+from benchmarks.paper import checks, reading
+from benchmarks.paper.claims import CLAIMS, HELD, NOT_HELD, NOT_RUN
+from benchmarks.paper.reading import Spread
 from benchmarks.paper.settings import Setting
 
 OURS, THEIRS, TORCH = SOLVERS = "anode_fast", "torchdiffeq", "torch"
@@ -357,8 +358,8 @@ def test_a_claim_about_runs_that_all_failed_at_once_is_judged_or_not_run(name):
 
 
 def test_other_counts_of_parameters_do_not_hold(monkeypatch):
-    *first, last = claims.COUNTS
-    monkeypatch.setattr(claims, "COUNTS", (*first, (*last[:-1], 1)))
+    *first, last = checks.COUNTS
+    monkeypatch.setattr(checks, "COUNTS", (*first, (*last[:-1], 1)))
     assert BY_ID["parameters"].judge({}).verdict == NOT_HELD
 
 
@@ -413,12 +414,12 @@ def test_findings_say_scale_and_synthetic_data():
 
 
 def test_readers_of_curves():
-    assert claims.reached([3.0, math.nan, 1.0], 1.5) == 2
-    assert claims.reached([3.0], 1.5) is None
-    assert claims.lowest([math.nan, 2.0]) == 2 and claims.lowest([]) == math.inf
-    assert claims.smooth([9.0, 4.0, 2.0, 1.0]) == [9, 4, 2, 1]
-    assert claims.smooth([4.0, math.nan, 2.0, 7.0, 1.0], 3) == [4, 3, 4.5, 2, 1]
-    assert [claims.number(x) for x in (0.012345, 98.76, 12345.6)] == ["0.0123", "98.8", "12,346"]
+    assert reading.reached([3.0, math.nan, 1.0], 1.5) == 2
+    assert reading.reached([3.0], 1.5) is None
+    assert reading.lowest([math.nan, 2.0]) == 2 and reading.lowest([]) == math.inf
+    assert reading.smooth([9.0, 4.0, 2.0, 1.0]) == [9, 4, 2, 1]
+    assert reading.smooth([4.0, math.nan, 2.0, 7.0, 1.0], 3) == [4, 3, 4.5, 2, 1]
+    assert [reading.number(x) for x in (0.012345, 98.76, 12345.6)] == ["0.0123", "98.8", "12,346"]
     assert str(Spread.of([2.0])) == "2" and str(Spread.of([1.0, 3.0])) == "2 ± 1"
 
 

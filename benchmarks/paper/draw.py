@@ -351,7 +351,7 @@ def _speed(summary: Summary) -> Figure:
             axes.barh(y, ms, color=MODEL_COLORS[group["label"]], alpha=alpha, height=0.7)
             nfe = fmean([x for x in group["nfe"] if x is not None] or [0])
             axes.annotate(
-                f"{ms:.3g} ms, NFE {nfe:.3g}",
+                f"{ms:.4g} ms, NFE {nfe:.3g}",
                 (ms, y),
                 (3, 0),
                 textcoords="offset points",
