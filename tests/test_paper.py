@@ -460,6 +460,24 @@ def test_what_is_there_is_drawn_when_interrupted(tmp_path, monkeypatch):
     assert (tmp_path / "figure-7.png").exists()
 
 
+@pytest.mark.parametrize("count", [1, 0], ids=["in the first training", "before any"])
+def test_every_figure_can_be_drawn_however_early_the_end_comes(count, tmp_path, monkeypatch):
+    do = pool._do
+
+    def stop(*args):
+        nonlocal count
+        if not count:
+            raise KeyboardInterrupt
+        count -= 1
+        do(*args)
+
+    monkeypatch.setattr(pool, "_do", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command.make(list(FIGURES.values()), SCALE, place(tmp_path), (OURS,), QUIET)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {f"figure-{x}" for x in FIGURES}
+    assert len((tmp_path / "commands.jsonl").read_text().splitlines()) == 1
+
+
 def test_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SCALES, "smoke", SCALE)
     arguments = ["paper", "7", "--smoke", "--repeats", "1", "--seed", "3", "--processes", "1"]

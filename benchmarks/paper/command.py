@@ -197,10 +197,10 @@ def make(
                     plan.settings.discard(job.setting)
                 draw_what_is_done()
     finally:
-        for plan in plans:  # interrupted: with the runs that are there
-            _draw(plan.figure, scale, place.folder, solvers, command)
         seconds = time.monotonic() - start
         _log(place, {"command": command, "trainings": len(jobs), "seconds": round(seconds, 1)})
+        for plan in plans:  # interrupted: with the runs that are there
+            _draw(plan.figure, scale, place.folder, solvers, command)
     for figure in figures:
         _report(json.loads(_paths(figure, place.folder)[0].read_text()), console)
     console.print(

@@ -30,12 +30,19 @@ SHOWN_BEST = 8  # of a search
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Draws a figure into a PNG."""
+    """Draws a figure into a PNG. One whose runs are all missing says so."""
+    drawn = DRAWN[summary["figure"]]
     with matplotlib.rc_context(STYLE):
-        figure = DRAWN[summary["figure"]](summary)
+        figure = drawn(summary) if summary["groups"] or drawn is _data else _empty()
         figure.text(0.995, 0.005, _origin(summary), ha="right", va="bottom", fontsize=6.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI)
+
+
+def _empty() -> Figure:
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    figure.text(0.5, 0.5, "nothing trained yet", ha="center")
+    return figure
 
 
 def _origin(summary: Summary) -> str:
