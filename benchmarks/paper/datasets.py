@@ -163,7 +163,7 @@ def _fold(split: Split, holdout: str, seed: int) -> Split:
     folds_of = KFold(int(folds), shuffle=True, random_state=seed).split(range(count))
     kept = torch.zeros(count, dtype=torch.bool)
     kept[list(folds_of)[int(fold) - 1][1]] = True
-    return _without(split, kept, f"fold {fold} of {folds} kept for validation")
+    return _without(split, kept, f"one of {folds} folds kept for validation")
 
 
 def _without(split: Split, kept: Tensor, words: str) -> Split:
