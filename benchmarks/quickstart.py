@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import json
 import math
 import os
 import platform
@@ -44,6 +43,7 @@ from benchmarks import machine
 from benchmarks.arguments import positive, usable_device
 from benchmarks.baselines import with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
+from benchmarks.results import write_json
 from benchmarks.style import INNER, MODEL_COLORS, OUTER, SOLVER_STYLES, STYLE
 from benchmarks.train import GRADIENT, PARTS, SOLVE, STEP, Run, in_turns
 
@@ -364,7 +364,7 @@ def _iterations_per_epoch(config: Config) -> int:
 
 
 def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
-    """Writes everything known so far; whoever reads sees the old file or the new one, whole."""
+    """Writes everything known so far."""
     content: dict[str, Any] = {
         "experiment": "quickstart",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -385,10 +385,10 @@ def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
         "comparisons": [
             {
                 "model": model.name,
-                "ratio": _finite(model.ratio),
-                "ratio_of_totals": _finite(model.ratio_of_totals),
-                "ratio_with_infinitely_fast_solver": _finite(model.bound),
-                f"loss_difference_first_{COMPARED}": _finite(model.loss_difference),
+                "ratio": model.ratio,
+                "ratio_of_totals": model.ratio_of_totals,
+                "ratio_with_infinitely_fast_solver": model.bound,
+                f"loss_difference_first_{COMPARED}": model.loss_difference,
             }
             for model in results
         ],
@@ -398,12 +398,12 @@ def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
                 "solver": solver,
                 "parameters": sum(p.numel() for p in model.nets[solver].parameters()),
                 "failure": run.failure,
-                "final_loss": _finite(_final_loss(run, config)),
-                "mean_nfe": _finite(_mean(run.nfe)),
-                "mean_nfe_backward": _finite(_mean(run.nfe_backward)),
+                "final_loss": _final_loss(run, config),
+                "mean_nfe": _mean(run.nfe),
+                "mean_nfe_backward": _mean(run.nfe_backward),
                 "backend": run.backend,
-                "ms_per_iteration": _finite(run.milliseconds),
-                "ms_of_parts": {part: _finite(run.milliseconds_of(part)) for part in PARTS},
+                "ms_per_iteration": run.milliseconds,
+                "ms_of_parts": {part: run.milliseconds_of(part) for part in PARTS},
                 "losses": run.losses,
                 "nfe": run.nfe,
                 "nfe_backward": run.nfe_backward,
@@ -417,23 +417,16 @@ def _write_json(path: Path, config: Config, results: list[Trained]) -> None:
                 "model": model.name,
                 "solver": solver,
                 "optimizer": adam,
-                "mean_nfe": _finite(_mean(run.nfe)),
-                "mean_nfe_backward": _finite(_mean(run.nfe_backward)),
-                "ms_per_iteration": _finite(run.milliseconds),
-                "ms_of_optimizer_step": _finite(run.milliseconds_of(STEP)),
+                "mean_nfe": _mean(run.nfe),
+                "mean_nfe_backward": _mean(run.nfe_backward),
+                "ms_per_iteration": run.milliseconds,
+                "ms_of_optimizer_step": run.milliseconds_of(STEP),
             }
             for model in results
             for (solver, adam), run in model.variants.items()
         ],
     }
-    scratch = path.with_suffix(".json.part")
-    scratch.write_text(json.dumps(content, allow_nan=False) + "\n")
-    scratch.replace(path)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no nan."""
-    return value if np.isfinite(value) else None
+    write_json(path, content)
 
 
 def _load() -> float | None:

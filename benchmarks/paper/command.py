@@ -24,9 +24,10 @@ from benchmarks.arguments import positive, usable_device
 from benchmarks.paper import pool, registry
 from benchmarks.paper.draw import draw, panels
 from benchmarks.paper.registry import FIGURES, GROUPS, SCALES, Figure, Scale
-from benchmarks.paper.runs import iterations, write_json
+from benchmarks.paper.runs import iterations
 from benchmarks.paper.settings import OURS, THEIRS, Setting
 from benchmarks.paper.summary import summarise
+from benchmarks.results import write_json
 
 OUT = Path("results/paper")
 WANTED = {registry.MNIST: "mnist", registry.CIFAR10: "cifar10"}

@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.data import ConcentricSpheres, Separable
 from benchmarks.image_data import NAMES
+from benchmarks.paper.registry import is_the_papers
 from benchmarks.paper.settings import ANODE, OURS, THEIRS, TORCH
 from benchmarks.style import INNER, MODEL_COLORS, OUTER, SOLVER_STYLES, STYLE
 
@@ -329,12 +330,6 @@ def _search(summary: Summary) -> Figure:
         if chosen:
             _legend(axes)
     return figure
-
-
-def is_the_papers(setting: dict[str, Any]) -> bool:
-    """Whether these are the parameters which the paper found to be the best (E.2.1)."""
-    same = (setting["batch"], setting["learning_rate"], setting["hidden"]) == (64, 1e-3, 32)
-    return same and (setting["augment"] or 5) == 5 and setting["layers"] == 5
 
 
 def _stability(summary: Summary) -> Figure:

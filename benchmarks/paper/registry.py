@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,10 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     RESNET: {"layers": (2, 5, 10)},
 }
 """What the search tries of one model alone."""
+CHOICES: dict[str, float] = {"batch": 64, "learning_rate": 1e-3, "hidden": 32}
+"""What it finds best for every model, says appendix E."""
+OWN_CHOICES: dict[str, dict[str, int]] = {NODE: {}, ANODE: {"augment": 5}, RESNET: {"layers": 5}}
+"""For one model."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,12 @@ class Figure:
     shows: tuple[str, ...] = ()
     curves: bool = True
     images: bool = False
+
+
+def is_the_papers(setting: Mapping[str, Any]) -> bool:
+    """Whether a setting, as a dict, has the parameters which the paper found best (E.2.1)."""
+    wanted = CHOICES | OWN_CHOICES[setting["model"]]
+    return all(setting[name] == value for name, value in wanted.items())
 
 
 def parameters(channels: int, filters: int, size: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import json
 import math
 import os
 import platform
@@ -23,6 +22,7 @@ from benchmarks import machine
 from benchmarks.data import batches
 from benchmarks.paper import datasets, models, pictures
 from benchmarks.paper.settings import OURS, RESNET, Setting
+from benchmarks.results import write_json
 from benchmarks.train import Run, in_turns
 
 ROOT = Path(__file__).parents[2]
@@ -284,19 +284,3 @@ def describe_machine(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     return f"{machine.cpu_name()}, {os.cpu_count()} cores"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file in one piece; nan becomes null, which JSON has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".json.part")
-    scratch.write_text(json.dumps(_without_nan(content), allow_nan=False) + "\n")
-    scratch.replace(path)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

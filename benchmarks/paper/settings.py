@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 NODE, ANODE, RESNET = "NODE", "ANODE", "ResNet"
 OURS, THEIRS = "anode_fast", "torchdiffeq"
@@ -81,11 +81,6 @@ class Setting:
         return (
             f"{self.data}-{shape}-{self.model}-{self.repeat}-{hashlib.sha1(raw).hexdigest()[:12]}"
         )
-
-    @property
-    def group(self) -> Setting:
-        """What its repetitions have in common."""
-        return replace(self, repeat=0)
 
     def solvers(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """Those of the wanted solvers that this setting is trained with."""

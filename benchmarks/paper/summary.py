@@ -15,7 +15,7 @@ from benchmarks.paper.registry import Entry, Figure, Scale
 from benchmarks.paper.runs import path_of
 
 DIGITS = 4  # significant ones, of what is written
-AS_LISTS = ("losses", "nfe", "nfe_backward")
+CURVES = {"loss": "losses", "nfe": "nfe", "nfe_backward": "nfe_backward"}  # and runs' lists
 
 
 def summarise(
@@ -76,7 +76,7 @@ def _group(entry: Entry, solver: str, runs: list[dict[str, Any]], figure: Figure
         "panel": entry.panel,
         "label": entry.label,
         "solver": solver,
-        "setting": asdict(entry.settings[0].group),
+        "setting": asdict(entry.settings[0]),
         "parameters": runs[0]["parameters"],
         "data": _distinct(run["data"] for run in runs),
         "runs": len(runs),
@@ -107,8 +107,7 @@ def _group(entry: Entry, solver: str, runs: list[dict[str, Any]], figure: Figure
 def _curves(runs: list[dict[str, Any]], every: int) -> dict[str, Any]:
     """All curves of some repetitions, by name."""
     curves = {
-        name: _curve([_points(run[key], every) for run in runs])
-        for name, key in zip(("loss", "nfe", "nfe_backward"), AS_LISTS, strict=True)
+        name: _curve([_points(run[key], every) for run in runs]) for name, key in CURVES.items()
     }
     curves["seconds"] = _curve([_at_ends(np.cumsum(run["ms"]) / 1e3, every) for run in runs])
     if any(run["validation"]["loss"] for run in runs):

@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 
 from anode_fast import ConvODENet, ODENet
 from benchmarks import image_data
-from benchmarks.baselines import ConcatenatingConvField, with_torchdiffeq
 from benchmarks.data import ConcentricSpheres, batches
+from benchmarks.paper.models import twin
 from benchmarks.speed.conv_rivals import CLASSES
 from benchmarks.speed.rivals import TOLERANCE, Outcome, TorchRival
 from benchmarks.train import Loss, Run
@@ -84,7 +84,7 @@ class Model:
 
     def twin(self, net: Net) -> Net:
         """The same weights by way of torchdiffeq and, for images, of the paper's form of field."""
-        return with_torchdiffeq(net, rewrite=None if self.dim else ConcatenatingConvField)
+        return twin(net)
 
     def loss(self, net: Net) -> float:
         """Over all data."""
