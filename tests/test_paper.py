@@ -343,7 +343,8 @@ def test_a_killed_parent_leaves_no_process_behind(tmp_path):
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert len(children) >= 2
     parent.kill()
-    parent.communicate()
+    parent.wait()
+    parent.stdout.close()  # not read to its end: a process left behind would hold it open
     end = time.monotonic() + 20
     while any(map(running, children)):
         assert time.monotonic() < end, "processes outlive their parent"
