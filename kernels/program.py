@@ -476,7 +476,8 @@ def _value(
     if x.op == "total":
         return inputs[0].sum(1, keepdim=True)
     if x.op == "select":
-        return torch.where(inputs[0] != 0, *inputs[1:])
+        condition, one, other = inputs
+        return torch.where(condition != 0, one, other)
     if x.op == "cotangent" and cotangent is not None:
         return cotangent
     return inputs[0]  # spread: the caller expands it
