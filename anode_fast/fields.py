@@ -138,6 +138,10 @@ class MLPField(nn.Module):
         hidden = (self.hidden_dim,) * self.num_hidden
         return MLPSpec(self.dim, hidden, self.activation, self.time_dependent)
 
+    def signature(self) -> tuple[object, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return (self.dim, self.hidden_dim, self.num_hidden, self.activation, self.time_dependent)
+
     def extra_repr(self) -> str:
         """For `repr`."""
         return f"activation={self.activation!r}, time_dependent={self.time_dependent}"
@@ -226,6 +230,10 @@ class ConvField(nn.Module):
     def spec(self) -> ConvSpec:
         """The field as plain data."""
         return ConvSpec(self.channels, self.num_filters, self.activation, self.time_dependent)
+
+    def signature(self) -> tuple[object, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return (self.channels, self.num_filters, self.activation, self.time_dependent)
 
     def extra_repr(self) -> str:
         """For `repr`."""

@@ -2,30 +2,35 @@
 
 The callable is traced once: its ATen operations on tensors that hold no numbers, so that code that
 looks at numbers fails the trace instead of being burned into it. What it does is then put into the
-kernels' terms (lowering.py) and compared with the callable itself, value and gradient. The result
-is kept as long as nothing around the callable changes (surroundings.py), and every solve compares
-its first evaluation with the callable's own.
+kernels' terms (rows.py, images.py) and compared with the callable itself, value and gradient. The
+result is kept as long as nothing around the callable changes (surroundings.py), and every solve
+compares its first evaluation with the callable's own.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anode_fast.fields import evaluate_convolutions
 from anode_fast.kernels import program as programs
-from anode_fast.lowering import Lowered, NotKnown, Spec, lower
-from anode_fast.spec import ConvSpec
-from anode_fast.surroundings import Surroundings
+from anode_fast.kernels.program import Program
+from anode_fast.recognize.images import Images
+from anode_fast.recognize.rows import Rows, as_mlp
+from anode_fast.recognize.surroundings import Surroundings
+from anode_fast.recognize.trace import NotKnown, Weights, name_of
+from anode_fast.spec import ConvSpec, Spec
 
 CHECKED_ROWS = 8
 """Rows of a batch of known size at which a solve calls the user's code."""
@@ -35,6 +40,46 @@ MOST_CHANGES = 4
 
 MOST_KEPT = 64
 """Callables, and of each the shapes of states, whose traces are kept."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A field as kernels take it.
+
+    Attributes:
+        specs: Forms of it, the most special one first.
+        program: The general form; None for convolutions.
+        leaves: Tensors that the field holds, as they were when it was traced.
+        prepare: Maps the leaves to the tensors that the specs take; None: they are those.
+    """
+
+    specs: tuple[Spec, ...]
+    program: Program | None
+    leaves: tuple[Tensor, ...]
+    prepare: fx.GraphModule | None
+
+
+def lower(graph: fx.GraphModule, y: Tensor) -> Lowered:
+    """What a trace of f(t, y) is in the kernels' terms.
+
+    Args:
+        graph: Its trace.
+        y: A state of the shape and dtype that it was traced for.
+
+    Raises:
+        NotKnown: It does something else.
+    """
+    weights = Weights(graph)
+    if y.dim() == 4 and any(name_of(x) == "convolution.default" for x in graph.graph.nodes):
+        spec, nodes = Images(weights, y).lower()
+        return Lowered((spec,), None, *weights.finish(nodes))
+    program, nodes = Rows(weights, y).lower()
+    mlp = as_mlp(program)
+    leaves, prepare = weights.finish(nodes)
+    return Lowered((program,) if mlp is None else (mlp, program), program, leaves, prepare)
+
+
+_numbers = itertools.count()
 
 
 class Recognized:
@@ -47,6 +92,7 @@ class Recognized:
 
     def __init__(self, lowered: Lowered, around: Surroundings) -> None:
         self.specs = lowered.specs
+        self._signature = (next(_numbers),)
         self.nfe = 0
         self.program = lowered.program
         self._around = around
@@ -54,6 +100,10 @@ class Recognized:
         self._getters = [around.getter(leaf) for leaf in lowered.leaves]
         self._checked: set[int] = set()
         self._whole_batch = False
+
+    def signature(self) -> tuple[Any, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return self._signature
 
     def spec(self) -> Spec:
         """The most special form."""
@@ -93,43 +143,48 @@ class Recognized:
         self.nfe += evaluations
         self._around.count(evaluations)
 
-    def expected(self, func: Callable[..., Any], t: float, y: Tensor) -> Tensor | None:
+    def expected(
+        self, func: Callable[..., Any], t: Tensor, x: Tensor, columns: int
+    ) -> Tensor | None:
         """What the callable's own code gives for the first rows of a batch, at least.
 
         A batch of a size that was not seen before goes through it whole: code may look at the size.
 
         Args:
             func: The callable.
-            t: The user's time.
-            y: State, [batch, ...] or [dim].
+            t: The user's times; it is called at the first.
+            x: State, [batch, ...].
+            columns: Zeros to append to it along dim 1.
 
         Returns:
-            Like y, or its first rows; None if the code raises, or returns something else.
+            Like the state, or its first rows; None if the code raises, or returns something else.
         """
-        size = len(y) if y.dim() > 1 else 1
-        few = size > CHECKED_ROWS and size in self._checked and not self._whole_batch
-        rows = y.detach()
-        rows = (rows[:CHECKED_ROWS] if few else rows).clone()
+        few = len(x) > CHECKED_ROWS and len(x) in self._checked and not self._whole_batch
+        rows = x.detach()[:CHECKED_ROWS] if few else x.detach().clone()
+        if columns:
+            rows = nn.functional.pad(rows, (0, 0) * (x.dim() - 2) + (0, columns))
         self._around.accept()
         try:
             with torch.no_grad():
-                value = func(torch.scalar_tensor(t, dtype=y.dtype, device=y.device), rows)
+                value = func(t[0].to(rows), rows)
         except Exception:
             value = None
         self._around.restore()
-        if not isinstance(value, Tensor) or value.shape != rows.shape or value.dtype != y.dtype:
+        if not isinstance(value, Tensor) or value.shape != rows.shape or value.dtype != x.dtype:
             if few:  # code for one size of batch
                 self._whole_batch = True
-                return self.expected(func, t, y)
+                return self.expected(func, t, x, columns)
             return None
-        self._checked.add(size)
+        self._checked.add(len(x))
         return value
 
     def compare(self, func: Callable[..., Any], t: float, y: Tensor) -> None:
         """Compares value and gradients with those of the callable's own code at a state.
 
         Args:
-            func, t, y: As in `expected`; y with few rows.
+            func: The callable.
+            t: A time, the user's.
+            y: A state, of few rows.
 
         Raises:
             NotKnown: They differ.

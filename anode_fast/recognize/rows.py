@@ -1,7 +1,6 @@
-"""From a field's trace to what kernels run: a `Program`, or a `ConvSpec`.
+"""From a field's trace to a `Program`, for a state [*batch, dim], and to an `MLPSpec` if it is one.
 
-A trace is a graph of ATen operations on the time (0-d), the state [*batch, dim] and the tensors
-that the field holds. Of an image state only the paper's chain of convolutions is known.
+Every operation either works row by row, or the field is not known.
 """
 
 from __future__ import annotations
@@ -9,135 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from anode_fast.kernels.program import STATE, TIME, Instruction, Program
-from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec
-
-Spec: TypeAlias = MLPSpec | ConvSpec | Program
-
-
-class NotKnown(Exception):
-    """The kernels cannot run the field. The message says what it does that they do not know."""
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A field as kernels take it.
-
-    Attributes:
-        specs: Forms of it, the most special one first.
-        program: The general form; None for convolutions.
-        leaves: Tensors that the field holds, as they were when it was traced.
-        prepare: Maps the leaves to the tensors that the specs take; None: they are those.
-    """
-
-    specs: tuple[Spec, ...]
-    program: Program | None
-    leaves: tuple[Tensor, ...]
-    prepare: fx.GraphModule | None
-
-
-def lower(graph: fx.GraphModule, y: Tensor) -> Lowered:
-    """What a trace of f(t, y) is in the kernels' terms.
-
-    Args:
-        graph: Its trace.
-        y: A state of the shape and dtype that it was traced for.
-
-    Raises:
-        NotKnown: It does something else.
-    """
-    weights = _Weights(graph)
-    if y.dim() == 4 and any(_name(x) == "convolution.default" for x in graph.graph.nodes):
-        spec, nodes = _Images(weights, y).lower()
-        return Lowered((spec,), None, *weights.finish(nodes))
-    program, nodes = _Rows(weights, y).lower()
-    mlp = _as_mlp(program)
-    leaves, prepare = weights.finish(nodes)
-    return Lowered((program,) if mlp is None else (mlp, program), program, leaves, prepare)
-
-
-def _name(node: fx.Node) -> str:
-    """Of an operation: "mm.default", say."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target._schema.name.removeprefix('aten::')}.{target._overloadname}"
-    return getattr(target, "__name__", str(target))
-
-
-def _args(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
-
-
-# --- what depends on the field's own tensors only -------------------------------------------------
-
-
-class _Weights:
-    """The part of a trace that knows neither time nor state. It runs once a solve."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.module, self.graph = graph, graph.graph
-        self.used: set[fx.Node] = set()
-        for node in reversed(self.graph.nodes):
-            if node.op == "output" or node in self.used:
-                self.used.update((node, *node.all_input_nodes))
-        self.nodes: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            _refuse_what_is_not_repeatable(node)
-            if node.op == "get_attr" or (
-                node.op == "call_function"
-                and node.all_input_nodes
-                and self.nodes.issuperset(node.all_input_nodes)
-            ):
-                self.nodes.add(node)
-
-    def tensor(self, node: fx.Node) -> Tensor:
-        """What a get_attr node holds."""
-        found: Tensor = getattr(self.module, str(node.target))
-        return found
-
-    def finish(self, nodes: Sequence[fx.Node]) -> tuple[tuple[Tensor, ...], fx.GraphModule | None]:
-        """Leaves, and what makes the tensors of these nodes from them."""
-        if all(node.op == "get_attr" for node in nodes):
-            return tuple(map(self.tensor, nodes)), None
-        made = fx.Graph()
-        new: dict[fx.Node, fx.Node] = {}
-        leaves: list[Tensor] = []
-        needed = set(nodes)
-        for node in reversed(self.graph.nodes):
-            if node in needed:
-                needed.update(node.all_input_nodes)
-        for node in self.graph.nodes:
-            if node in needed and node.op == "get_attr":
-                known = [n for n in new if n.op == "get_attr" and n.target == node.target]
-                new[node] = new[known[0]] if known else made.placeholder(f"leaf{len(leaves)}")
-                if not known:
-                    leaves.append(self.tensor(node))
-        for node in self.graph.nodes:
-            if node in needed and node.op != "get_attr":
-                new[node] = made.node_copy(node, lambda n: new[n])
-        made.output(tuple(new[node] for node in nodes))
-        return tuple(leaves), fx.GraphModule(torch.nn.Module(), made)
-
-
-def _refuse_what_is_not_repeatable(node: fx.Node) -> None:
-    if not isinstance(node.target, torch._ops.OpOverload) or _name(node) == "squeeze_.dim":
-        return  # squeeze_ changes the shape of a temporary tensor only
-    if node.target._schema.is_mutable:
-        raise NotKnown(f"it writes into a tensor in place ({node.target})")
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
-        raise NotKnown(f"it draws random numbers ({node.target})")
-
-
-# --- rows -----------------------------------------------------------------------------------------
+from anode_fast.recognize.trace import NotKnown, Weights, args_of, name_of, shape_of
+from anode_fast.spec import ACTIVATIONS, MLPSpec
 
 
 @dataclass(frozen=True)
@@ -164,7 +42,7 @@ class _Number:
     number: float
 
 
-_Handler = Callable[["_Rows", fx.Node], Any]
+_Handler = Callable[["Rows", fx.Node], Any]
 _HANDLERS: dict[str, _Handler] = {}
 
 
@@ -176,10 +54,10 @@ def _handles(*names: str) -> Callable[[_Handler], _Handler]:
     return note
 
 
-class _Rows:
+class Rows:
     """Makes the program of a field whose state is [*batch, dim]."""
 
-    def __init__(self, weights: _Weights, y: Tensor) -> None:
+    def __init__(self, weights: Weights, y: Tensor) -> None:
         self.weights, self.y = weights, y
         self.dim = y.shape[-1] if y.dim() else 0
         self.rows = math.prod(y.shape[:-1])
@@ -199,14 +77,14 @@ class _Rows:
             if node.op == "placeholder":
                 self.env[node] = next(inputs)
             elif node.op == "output":
-                (result,) = _args(node)
+                (result,) = args_of(node)
                 return self._finish(result)
             elif node in used and node not in self.weights.nodes:
                 self.env[node] = self._handler(node)(self, node)
         raise NotKnown("its trace has no end")
 
     def _handler(self, node: fx.Node) -> _Handler:
-        name = _name(node)
+        name = name_of(node)
         if name in _HANDLERS:
             return _HANDLERS[name]
         raise NotKnown(f"{name.split('.')[0]} is no operation that the kernels know")
@@ -214,8 +92,8 @@ class _Rows:
     def _finish(self, result: Any) -> tuple[Program, list[fx.Node]]:
         if not isinstance(result, fx.Node):
             raise NotKnown("its value is not one tensor")
-        if _shape(result) != tuple(self.y.shape):
-            raise NotKnown(f"its value has shape {_shape(result)}, not the state's")
+        if shape_of(result) != tuple(self.y.shape):
+            raise NotKnown(f"its value has shape {shape_of(result)}, not the state's")
         last = self.value(result)
         if last.flat:
             raise NotKnown("its value has no features")
@@ -231,7 +109,7 @@ class _Rows:
             for x in code
         ]
         tensors = [self.tensors[p] for p in taken]
-        shapes = tuple(_shape(node) for node in tensors)
+        shapes = tuple(shape_of(node) for node in tensors)
         return Program(self.dim, shapes, tuple(code)), tensors
 
     def _without_unused(self, result: int) -> tuple[list[Instruction], dict[int, int]]:
@@ -287,7 +165,7 @@ class _Rows:
 
     def shape(self, x: Any) -> tuple[int, ...]:
         """Of an argument; of a number ()."""
-        return _shape(x) if isinstance(x, fx.Node) else ()
+        return shape_of(x) if isinstance(x, fx.Node) else ()
 
     def known(self, x: Any) -> Any:
         """What an argument is: a _Value, a _Number, a tuple of these, or a weight's node."""
@@ -310,7 +188,7 @@ class _Rows:
 
     def _vector(self, node: fx.Node) -> _Value:
         """A weight that is a vector over the features, or a number."""
-        shape, dtype = _shape(node), node.meta["val"].dtype
+        shape, dtype = shape_of(node), node.meta["val"].dtype
         if dtype != self.y.dtype:
             raise NotKnown(f"a tensor that it holds is {dtype}, the state {self.y.dtype}")
         width = shape[-1] if shape else 1
@@ -325,7 +203,7 @@ class _Rows:
         """A weight's node as a tensor of another shape."""
         graph = self.weights.graph
         for user in node.users:
-            if user.target is torch.ops.aten.reshape.default and _args(user)[1] == list(shape):
+            if user.target is torch.ops.aten.reshape.default and args_of(user)[1] == list(shape):
                 return user
         with graph.inserting_after(node):
             new = graph.call_function(torch.ops.aten.reshape.default, (node, list(shape)))
@@ -340,7 +218,7 @@ class _Rows:
     def elementwise(self, node: fx.Node, op: str, *arguments: Any) -> _Value:
         """An operation feature by feature on tensors that are broadcast to the node's shape."""
         values = [self.value(x) for x in arguments]
-        out = _shape(node)
+        out = shape_of(node)
         self._check_broadcast(out, arguments, values)
         same = all(v.same for v in values)
         number = self.emit(op, tuple(v.number for v in values))
@@ -369,7 +247,7 @@ class _Rows:
 
     def reshaped(self, node: fx.Node, x: Any) -> Any:
         """The value of a tensor that the node gives another shape."""
-        found, shape = self.known(x), _shape(node)
+        found, shape = self.known(x), shape_of(node)
         if not isinstance(found, _Value):
             return found
         if found.same:
@@ -392,8 +270,8 @@ class _Rows:
 
 
 def _unary(op: str, number: float = 0.0) -> _Handler:
-    def handle(rows: _Rows, node: fx.Node) -> _Value:
-        value = rows.value(_args(node)[0])
+    def handle(rows: Rows, node: fx.Node) -> _Value:
+        value = rows.value(args_of(node)[0])
         made = rows.emit(op, (value.number,), 0, (), number)
         return _Value(made, value.width, value.flat, value.same)
 
@@ -423,13 +301,13 @@ def _arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
     found = []
     for name in (*names, *defaults):
         i = schema[name]
-        given = _args(node)[i] if i < len(_args(node)) else node.kwargs.get(name)
+        given = args_of(node)[i] if i < len(args_of(node)) else node.kwargs.get(name)
         found.append(defaults.get(name) if given is None else given)
     return found
 
 
 @_handles("gelu.default")
-def _gelu(rows: _Rows, node: fx.Node) -> _Value:
+def _gelu(rows: Rows, node: fx.Node) -> _Value:
     x, approximate = _arguments(node, "self", approximate="none")
     if approximate != "none":
         raise NotKnown("gelu with approximate='tanh' is no operation that the kernels know")
@@ -438,7 +316,7 @@ def _gelu(rows: _Rows, node: fx.Node) -> _Value:
 
 
 @_handles("softplus.default")
-def _softplus(rows: _Rows, node: fx.Node) -> _Value:
+def _softplus(rows: Rows, node: fx.Node) -> _Value:
     x, beta, threshold = _arguments(node, "self", beta=1, threshold=20)
     if threshold != 20:
         raise NotKnown("softplus with a threshold of its own is no operation that the kernels know")
@@ -453,8 +331,8 @@ def _softplus(rows: _Rows, node: fx.Node) -> _Value:
 
 
 @_handles("elu.default", "celu.default")
-def _elu(rows: _Rows, node: fx.Node) -> _Value:
-    if _name(node) == "celu.default":
+def _elu(rows: Rows, node: fx.Node) -> _Value:
+    if name_of(node) == "celu.default":
         x, alpha = _arguments(node, "self", alpha=1.0)
         scale, input_scale = 1.0, 1.0 / alpha
     else:
@@ -479,8 +357,8 @@ def _elu(rows: _Rows, node: fx.Node) -> _Value:
 
 
 @_handles("leaky_relu.default", "_prelu_kernel.default")
-def _leaky_relu(rows: _Rows, node: fx.Node) -> _Value:
-    x, slope = _args(node)[0], _args(node)[1] if len(_args(node)) > 1 else 0.01
+def _leaky_relu(rows: Rows, node: fx.Node) -> _Value:
+    x, slope = args_of(node)[0], args_of(node)[1] if len(args_of(node)) > 1 else 0.01
     value, by = rows.value(x), rows.value(slope)
     if not by.same or by.width not in (1, value.width):
         raise NotKnown("prelu takes a slope for each row")
@@ -490,12 +368,12 @@ def _leaky_relu(rows: _Rows, node: fx.Node) -> _Value:
 
 
 @_handles("clamp.default", "hardtanh.default", "clamp_min.default", "clamp_max.default")
-def _clamp(rows: _Rows, node: fx.Node) -> _Value:
-    name = _name(node)
+def _clamp(rows: Rows, node: fx.Node) -> _Value:
+    name = name_of(node)
     if name == "hardtanh.default":
         x, low, high = _arguments(node, "self", min_val=-1.0, max_val=1.0)
     else:
-        x = _args(node)[0]
+        x = args_of(node)[0]
         low = _arguments(node, min=None)[0] if name != "clamp_max.default" else None
         high = _arguments(node, max=None)[0] if name != "clamp_min.default" else None
     value = rows.value(x)
@@ -516,8 +394,8 @@ def _clamp(rows: _Rows, node: fx.Node) -> _Value:
 
 
 @_handles("pow.Tensor_Scalar")
-def _pow(rows: _Rows, node: fx.Node) -> _Value:
-    x, exponent = _args(node)
+def _pow(rows: Rows, node: fx.Node) -> _Value:
+    x, exponent = args_of(node)
     value = rows.value(x)
     a = value.number
     if not isinstance(exponent, (int, float)):
@@ -538,15 +416,15 @@ def _pow(rows: _Rows, node: fx.Node) -> _Value:
 
 
 @_handles("rsqrt.default")
-def _rsqrt(rows: _Rows, node: fx.Node) -> _Value:
-    value = rows.value(_args(node)[0])
+def _rsqrt(rows: Rows, node: fx.Node) -> _Value:
+    value = rows.value(args_of(node)[0])
     return _replace(value, rows.emit("reciprocal", (rows.emit("sqrt", (value.number,)),)))
 
 
 @_handles("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "rsub.Tensor")
-def _add(rows: _Rows, node: fx.Node) -> Any:
-    name = _name(node)
-    a, b = _args(node)[:2]
+def _add(rows: Rows, node: fx.Node) -> Any:
+    name = name_of(node)
+    a, b = args_of(node)[:2]
     alpha = _arguments(node, alpha=1)[0]
     if name.startswith("rsub"):
         a, b = b, a
@@ -557,7 +435,7 @@ def _add(rows: _Rows, node: fx.Node) -> Any:
     return rows.elementwise(node, "add" if name.startswith("add") else "sub", a, b)
 
 
-def _numbers(rows: _Rows, a: Any, b: Any) -> tuple[float, float] | None:
+def _numbers(rows: Rows, a: Any, b: Any) -> tuple[float, float] | None:
     """Both arguments if they are numbers."""
     found = rows.known(a), rows.known(b)
     if all(isinstance(x, _Number) for x in found):
@@ -566,8 +444,8 @@ def _numbers(rows: _Rows, a: Any, b: Any) -> tuple[float, float] | None:
 
 
 @_handles("mul.Tensor", "mul.Scalar")
-def _mul(rows: _Rows, node: fx.Node) -> Any:
-    a, b = _args(node)
+def _mul(rows: Rows, node: fx.Node) -> Any:
+    a, b = args_of(node)
     if (numbers := _numbers(rows, a, b)) is not None:
         return _Number(numbers[0] * numbers[1])
     for one, other in ((a, b), (b, a)):
@@ -578,36 +456,36 @@ def _mul(rows: _Rows, node: fx.Node) -> Any:
 
 
 @_handles("div.Tensor", "div.Scalar")
-def _div(rows: _Rows, node: fx.Node) -> Any:
-    a, b = _args(node)
+def _div(rows: Rows, node: fx.Node) -> Any:
+    a, b = args_of(node)
     if (numbers := _numbers(rows, a, b)) is not None and numbers[1]:
         return _Number(numbers[0] / numbers[1])
     return rows.elementwise(node, "div", a, b)
 
 
 @_handles("gt.Scalar", "gt.Tensor", "ge.Scalar", "ge.Tensor")
-def _greater(rows: _Rows, node: fx.Node) -> _Value:
-    return rows.elementwise(node, _name(node)[:2], *_args(node))
+def _greater(rows: Rows, node: fx.Node) -> _Value:
+    return rows.elementwise(node, name_of(node)[:2], *args_of(node))
 
 
 @_handles("lt.Scalar", "lt.Tensor", "le.Scalar", "le.Tensor")
-def _less(rows: _Rows, node: fx.Node) -> _Value:
-    op = "gt" if _name(node).startswith("lt") else "ge"
-    return rows.elementwise(node, op, *reversed(_args(node)))
+def _less(rows: Rows, node: fx.Node) -> _Value:
+    op = "gt" if name_of(node).startswith("lt") else "ge"
+    return rows.elementwise(node, op, *reversed(args_of(node)))
 
 
 @_handles("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-def _where(rows: _Rows, node: fx.Node) -> _Value:
-    return rows.elementwise(node, "select", *_args(node))
+def _where(rows: Rows, node: fx.Node) -> _Value:
+    return rows.elementwise(node, "select", *args_of(node))
 
 
 @_handles("mm.default")
-def _mm(rows: _Rows, node: fx.Node) -> _Value:
-    return _linear(rows, node, *_args(node))
+def _mm(rows: Rows, node: fx.Node) -> _Value:
+    return _linear(rows, node, *args_of(node))
 
 
 @_handles("addmm.default")
-def _addmm(rows: _Rows, node: fx.Node) -> _Value:
+def _addmm(rows: Rows, node: fx.Node) -> _Value:
     bias, x, weight, beta, alpha = _arguments(node, "self", "mat1", "mat2", beta=1, alpha=1)
     if beta != 1 or alpha != 1:
         raise NotKnown("addmm with beta or alpha is no operation that the kernels know")
@@ -615,35 +493,35 @@ def _addmm(rows: _Rows, node: fx.Node) -> _Value:
 
 
 @_handles("mv.default")
-def _mv(rows: _Rows, node: fx.Node) -> _Value:
-    weight, x = _args(node)
+def _mv(rows: Rows, node: fx.Node) -> _Value:
+    weight, x = args_of(node)
     value = rows.value(x)
     if rows.rows != 1 or value.flat or not isinstance(rows.known(weight), fx.Node):
         raise NotKnown("a product of matrices that is not state times weights")
-    width = _shape(node)[0]
+    width = shape_of(node)[0]
     return _Value(rows.emit("linear", (value.number,), width, (rows.parameter(weight),)), width)
 
 
-def _linear(rows: _Rows, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> _Value:
+def _linear(rows: Rows, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> _Value:
     """The product of rows and weights, plus the bias."""
     matrix = rows.known(weight)
     if not isinstance(matrix, fx.Node):
         raise NotKnown("a product of matrices that is not state times weights")
     if matrix.meta["val"].dtype != rows.y.dtype:
         raise NotKnown(f"its weights are {matrix.meta['val'].dtype}, the state {rows.y.dtype}")
-    value, width = rows.value(x), _shape(node)[-1]
-    if value.flat or (value.same and rows.rows != 1 and _shape(node)[0] != rows.rows):
+    value, width = rows.value(x), shape_of(node)[-1]
+    if value.flat or (value.same and rows.rows != 1 and shape_of(node)[0] != rows.rows):
         raise NotKnown("a product of matrices that is not state times weights")
     inputs = rows.widened(value, rows.shape(x)[-1])
     op = "linear_t"
-    if _name(matrix) in ("t.default", "transpose.int", "permute.default") and _args(matrix)[0] in (
-        rows.weights.nodes
-    ):
-        op, matrix = "linear", _args(matrix)[0]
+    if name_of(matrix) in ("t.default", "transpose.int", "permute.default") and args_of(matrix)[
+        0
+    ] in (rows.weights.nodes):
+        op, matrix = "linear", args_of(matrix)[0]
     parameters = [rows.parameter(matrix)]
     known = rows.known(bias) if bias is not None else None
-    if isinstance(known, fx.Node) and math.prod(_shape(known)) == width:
-        if _shape(known) != (width,):
+    if isinstance(known, fx.Node) and math.prod(shape_of(known)) == width:
+        if shape_of(known) != (width,):
             known = rows._reshaped(known, (width,))
         parameters.append(rows.parameter(known))
     number = rows.emit(op, (inputs,), width, tuple(parameters))
@@ -661,30 +539,30 @@ def _linear(rows: _Rows, node: fx.Node, x: Any, weight: Any, bias: Any = None) -
     *("view.default", "_unsafe_view.default", "reshape.default", "unsqueeze.default"),
     *("squeeze.default", "squeeze.dim", "squeeze.dims", "squeeze_.dim"),
 )
-def _view(rows: _Rows, node: fx.Node) -> Any:
-    return rows.reshaped(node, _args(node)[0])
+def _view(rows: Rows, node: fx.Node) -> Any:
+    return rows.reshaped(node, args_of(node)[0])
 
 
 @_handles(
     *("clone.default", "alias.default", "contiguous.default", "lift_fresh_copy.default"),
     "lift_fresh.default",
 )
-def _copy(rows: _Rows, node: fx.Node) -> Any:
-    return rows.known(_args(node)[0])
+def _copy(rows: Rows, node: fx.Node) -> Any:
+    return rows.known(args_of(node)[0])
 
 
 @_handles("_to_copy.default")
-def _convert(rows: _Rows, node: fx.Node) -> Any:
+def _convert(rows: Rows, node: fx.Node) -> Any:
     made = node.meta["val"]
     if made.dtype != rows.y.dtype or made.device != rows.y.device:
         raise NotKnown(f"it converts a tensor to {made.dtype} on {made.device}")
-    return rows.known(_args(node)[0])
+    return rows.known(args_of(node)[0])
 
 
 @_handles("expand.default", "repeat.default")
-def _expand(rows: _Rows, node: fx.Node) -> Any:
-    x = _args(node)[0]
-    found, shape = rows.known(x), _shape(node)
+def _expand(rows: Rows, node: fx.Node) -> Any:
+    x = args_of(node)[0]
+    found, shape = rows.known(x), shape_of(node)
     if not isinstance(found, _Value):
         return found
     if found.same:
@@ -701,9 +579,9 @@ def _expand(rows: _Rows, node: fx.Node) -> Any:
 
 
 @_handles("slice.Tensor")
-def _slice(rows: _Rows, node: fx.Node) -> Any:
+def _slice(rows: Rows, node: fx.Node) -> Any:
     x, dim, start, end, step = _arguments(node, "self", dim=0, start=0, end=None, step=1)
-    if _shape(node) == rows.shape(x):
+    if shape_of(node) == rows.shape(x):
         return rows.known(x)
     found = rows.known(x)
     if isinstance(found, _Number):
@@ -716,20 +594,20 @@ def _slice(rows: _Rows, node: fx.Node) -> Any:
     if found.width != size:  # one number, for all features
         return found
     first = start + size if start < 0 else start
-    width = _shape(node)[-1]
+    width = shape_of(node)[-1]
     number = rows.emit("slice", (found.number,), width, (), min(first, size))
     return _Value(number, width, False, found.same)
 
 
 @_handles("select.int")
-def _select(rows: _Rows, node: fx.Node) -> Any:
-    x, dim, index = _args(node)
+def _select(rows: Rows, node: fx.Node) -> Any:
+    x, dim, index = args_of(node)
     found = rows.known(x)
     if isinstance(found, _Number):
         return found
     if not rows.last_dim(x, dim):
         if found.same:
-            return _Value(found.number, found.width, found.flat or not _shape(node), True)
+            return _Value(found.number, found.width, found.flat or not shape_of(node), True)
         if rows.shape(x)[dim] == 1 and not found.flat:
             return rows.reshaped(node, x)
         raise NotKnown("it takes one row of a batch")
@@ -744,13 +622,13 @@ def _select(rows: _Rows, node: fx.Node) -> Any:
     *("split.Tensor", "split_with_sizes.default", "unbind.int", "chunk.default"),
     "unsafe_chunk.default",
 )
-def _split(rows: _Rows, node: fx.Node) -> Any:
-    x, dim = _args(node)[0], _arguments(node, dim=0)[0]
+def _split(rows: Rows, node: fx.Node) -> Any:
+    x, dim = args_of(node)[0], _arguments(node, dim=0)[0]
     if not rows.last_dim(x, dim):
         raise NotKnown("it splits a batch")
     found = rows.value(x)
     parts, start = [], 0
-    is_flat = _name(node) == "unbind.int"
+    is_flat = name_of(node) == "unbind.int"
     for part in node.meta["val"]:
         width = 1 if is_flat else part.shape[-1]
         number = rows.emit("slice", (found.number,), width, (), start)
@@ -760,21 +638,21 @@ def _split(rows: _Rows, node: fx.Node) -> Any:
 
 
 @_handles("getitem")
-def _getitem(rows: _Rows, node: fx.Node) -> Any:
-    x, index = _args(node)
+def _getitem(rows: Rows, node: fx.Node) -> Any:
+    x, index = args_of(node)
     found = rows.known(x)
     if not isinstance(found, tuple):
-        raise NotKnown(f"{_name(x)} is no operation that the kernels know")
+        raise NotKnown(f"{name_of(x)} is no operation that the kernels know")
     return found[index]
 
 
 @_handles("cat.default", "stack.default")
-def _join(rows: _Rows, node: fx.Node) -> Any:
-    parts, dim = _args(node)[0], _args(node)[1] if len(_args(node)) > 1 else 0
-    shape = _shape(node)
+def _join(rows: Rows, node: fx.Node) -> Any:
+    parts, dim = args_of(node)[0], args_of(node)[1] if len(args_of(node)) > 1 else 0
+    shape = shape_of(node)
     if dim % len(shape) != len(shape) - 1:
         raise NotKnown("it joins tensors along another dimension than the features'")
-    is_stack = _name(node) == "stack.default"
+    is_stack = name_of(node) == "stack.default"
     values = [rows.value(x) for x in parts]
     for x, v in zip(parts, values, strict=True):
         if not v.same and v.flat != is_stack:
@@ -790,13 +668,13 @@ def _join(rows: _Rows, node: fx.Node) -> Any:
 
 
 @_handles("sum.dim_IntList", "mean.dim")
-def _sum(rows: _Rows, node: fx.Node) -> _Value:
+def _sum(rows: Rows, node: fx.Node) -> _Value:
     x, dims, keepdim = _arguments(node, "self", dim=None, keepdim=False)
     if not dims or len(dims) != 1 or not rows.last_dim(x, dims[0]):
         raise NotKnown("a sum or mean over the batch")
     value, size = rows.value(x), rows.shape(x)[-1]
     number = rows.emit("total", (rows.widened(value, size),), 1)
-    if _name(node) == "mean.dim":
+    if name_of(node) == "mean.dim":
         number = rows.emit("div", (number, rows.number(size)))
     return _Value(number, 1, not keepdim, value.same)
 
@@ -806,14 +684,14 @@ def _sum(rows: _Rows, node: fx.Node) -> _Value:
     *("zeros.default", "zeros_like.default", "new_zeros.default"),
     *("full.default", "full_like.default", "new_full.default", "scalar_tensor.default"),
 )
-def _filled(rows: _Rows, node: fx.Node) -> _Number:
+def _filled(rows: Rows, node: fx.Node) -> _Number:
     if node.meta["val"].dtype != rows.y.dtype:
         raise NotKnown(f"it makes a tensor of {node.meta['val'].dtype}")
-    name = _name(node)
+    name = name_of(node)
     if "ones" in name or "zeros" in name:
         return _Number(float("ones" in name))
     if name == "scalar_tensor.default":
-        return _Number(float(_args(node)[0]))
+        return _Number(float(args_of(node)[0]))
     fill = _arguments(node, "fill_value")[0]
     if not isinstance(fill, (int, float)):
         raise NotKnown("it fills a tensor with another one's value")
@@ -823,7 +701,7 @@ def _filled(rows: _Rows, node: fx.Node) -> _Number:
 # --- perceptrons ----------------------------------------------------------------------------------
 
 
-def _as_mlp(program: Program) -> MLPSpec | None:
+def as_mlp(program: Program) -> MLPSpec | None:
     """The program as a perceptron whose tensors are in the same order, if it is one."""
     code = list(program.code)
     time = code[0] == Instruction("join", (TIME, STATE), 1 + program.dim)
@@ -847,101 +725,3 @@ def _as_mlp(program: Program) -> MLPSpec | None:
     if not activations or len(set(activations)) > 1 or len(hidden) != len(activations) + 1:
         return None
     return MLPSpec(program.dim, tuple(hidden[:-1]), activations[0], time)
-
-
-# --- images ---------------------------------------------------------------------------------------
-
-
-class _Images:
-    """Makes the spec of a field whose state is [batch, channels, height, width]."""
-
-    def __init__(self, weights: _Weights, y: Tensor) -> None:
-        self.weights, self.y = weights, y
-        self.env: dict[fx.Node, Any] = {}
-
-    def lower(self) -> tuple[ConvSpec, list[fx.Node]]:
-        """The spec and the nodes of its tensors."""
-        found: Any = None
-        inputs = iter((("time",), ("state",)))
-        for node in self.weights.graph.nodes:
-            if node.op == "placeholder":
-                self.env[node] = next(inputs)
-            elif node.op == "output":
-                (result,) = _args(node)
-                found = self.env.get(result)
-            elif node in self.weights.used and node not in self.weights.nodes:
-                self.env[node] = self._of(node)
-        return self._match(found)
-
-    def _of(self, node: fx.Node) -> Any:
-        """A node as a nested tuple: what it is, and of what."""
-        name = _name(node)
-        args = _args(node)
-        if name in ("alias.default", "clone.default", "slice.Tensor", "contiguous.default"):
-            inner = self.env.get(args[0])
-            if name != "slice.Tensor" or _shape(node) == _shape(args[0]):
-                return inner
-            return ("part",)  # ones_like(x[:, :1])
-        if name.split(".")[0] in ("ones", "ones_like", "new_ones"):
-            return ("ones",)
-        if name in ("expand.default", "view.default", "repeat.default", "unsqueeze.default"):
-            inner = self.env.get(args[0])
-            return inner if inner == ("time",) else ("other", name)
-        if name == "mul.Tensor" and {self.env.get(a, a) for a in args} == {("ones",), ("time",)}:
-            return ("time",)
-        if name == "cat.default" and len(args) > 1 and args[1] in (1, -3) and len(args[0]) == 2:
-            time, inner = (self.env.get(x) for x in args[0])
-            if time == ("time",) and _shape(args[0][0])[1] == 1 and inner is not None:
-                return ("timed", inner)
-        if name == "convolution.default":
-            return self._convolution(node)
-        activation = self._activation(node, name)
-        return ("act", activation, self.env.get(args[0])) if activation else ("other", name)
-
-    def _convolution(self, node: fx.Node) -> Any:
-        x, weight, bias, stride, padding, dilation, transposed, _, groups = _args(node)
-        ones = [1, 1]
-        if stride != ones or dilation != ones or transposed or groups != 1 or bias is None:
-            return ("other", "a convolution with strides, dilation, groups or no bias")
-        kernel = _shape(weight)[2:]
-        if (kernel, padding) not in (((1, 1), [0, 0]), ((3, 3), [1, 1])):
-            return ("other", f"a convolution {kernel} with padding {padding}")
-        if not self.weights.nodes.issuperset((weight, bias)):
-            return ("other", "a convolution with weights that depend on the state")
-        return ("conv", weight, bias, self.env.get(x))
-
-    def _activation(self, node: fx.Node, name: str) -> str:
-        op, _, overload = name.partition(".")
-        if overload != "default" or op not in ACTIVATIONS:
-            return ""
-        defaults = {"softplus": (1, 20), "elu": (1, 1, 1), "gelu": ("none",)}.get(op, ())
-        given = (*_args(node)[1:], *node.kwargs.values())
-        return op if all(a == b for a, b in zip(given, defaults, strict=False)) else ""
-
-    def _match(self, found: Any) -> tuple[ConvSpec, list[fx.Node]]:
-        tensors: list[fx.Node] = []
-        timed, activations = [], []
-        for place in (3, 2, 1):
-            if place < 3:
-                if not found or found[0] != "act":
-                    raise NotKnown(self._why(found))
-                activations.append(found[1])
-                found = found[2]
-            if not found or found[0] != "conv":
-                raise NotKnown(self._why(found))
-            _, weight, bias, found = found
-            if _shape(weight)[2:] != ((3, 3) if place == 2 else (1, 1)):
-                raise NotKnown(self._why(None))
-            tensors[:0] = [weight, bias]
-            timed.append(bool(found) and found[0] == "timed")
-            found = found[1] if timed[-1] else found
-        if found != ("state",) or len(set(timed)) > 1 or len(set(activations)) > 1:
-            raise NotKnown(self._why(found))
-        spec = ConvSpec(self.y.shape[1], _shape(tensors[0])[0], activations[0], timed[0])
-        return spec, tensors
-
-    def _why(self, found: Any) -> str:
-        known = "the kernels know convolutions 1x1, 3x3, 1x1 with one activation between them only"
-        if isinstance(found, tuple) and found[0] == "other":
-            return f"{found[1]} is nothing that they do with images: {known}"
-        return known
