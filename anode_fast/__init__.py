@@ -1,5 +1,6 @@
 """anode_fast: neural ODEs and augmented neural ODEs, torchdiffeq's interface, faster."""
 
+from anode_fast import operators as _operators  # noqa: F401  # registers them
 from anode_fast.block import AugODEBlock as AugODEBlock
 from anode_fast.errors import MaxStepsExceeded as MaxStepsExceeded
 from anode_fast.errors import NonFiniteState as NonFiniteState

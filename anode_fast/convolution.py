@@ -151,7 +151,7 @@ class NativeConvField:
     ) -> list[Tensor | None]:
         """The same by autograd through torch's operations: it can be differentiated again."""
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             # Aliases: an input may be made of another one, or be the same tensor twice.
             t, y, *tensors = (x.view_as(x) for x in inputs)
             out = self.field.evaluate(tensors, t, y)

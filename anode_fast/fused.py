@@ -7,7 +7,6 @@ goes to the kernels without being taken apart again: that would cost more than t
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import itertools
@@ -18,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from anode_fast import failures, reference
 from anode_fast.adjoint import AdjointOptions
-from anode_fast.errors import InvalidArgument, NonFiniteState
+from anode_fast.errors import NonFiniteState
 from anode_fast.kernels import gpu, interface
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
@@ -116,7 +114,7 @@ def why_not(backend: str, problem: Problem, spec: Spec, parameters: Sequence[Any
             return f"it has the option {name}"
     if problem.family == FIXED and problem.perturb:
         return "it has the option perturb"
-    if any(hasattr(func, name) for name in _CALLBACKS):
+    if has_callbacks(func):
         return "the field has callbacks"
     if isinstance(func, nn.Module) and has_hooks(func):
         return "the field has hooks or a forward of its own, which would not run"
@@ -189,6 +187,23 @@ def why_not_now(device_type: str) -> str:
     return ""
 
 
+def casts(field: Field, x: Tensor) -> bool:
+    """Whether a field that the kernels know is to be solved in its own precision despite autocast.
+
+    Args:
+        field: The field.
+        x: The state, or its data columns.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return False
+    return field.tensors()[0].dtype in (torch.float32, torch.float64)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision, which autocast makes, as float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _width(spec: Spec) -> int:
     """Columns, or channels, of the state."""
     return spec.channels if isinstance(spec, ConvSpec) else spec.dim
@@ -206,6 +221,11 @@ def shapes_of(spec: Spec) -> tuple[tuple[int, ...], ...]:
         return tuple(shape for weight in layers for shape in (weight, weight[:1]))
     widths = (spec.dim + spec.time_dependent, *spec.hidden, spec.dim)
     return tuple(shape for n, m in itertools.pairwise(widths) for shape in ((m, n), (m,)))
+
+
+def has_callbacks(func: Any) -> bool:
+    """Whether a field wants to be told of steps."""
+    return any(hasattr(func, name) for name in _CALLBACKS)
 
 
 def has_hooks(func: Any) -> bool:
@@ -685,7 +705,7 @@ def _differentiable_gradient(
 ) -> list[Tensor | None]:
     """The gradient by autograd through the reference solver: it can be differentiated again."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Aliases: an input may be made of another one, or be the same tensor twice.
         x, *parameters = (p.view_as(p) for p in (x, *parameters))
         problem = call.problem(x, parameters, call.user_times())
@@ -729,165 +749,3 @@ def run(call: Call, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype)
         solution: Tensor = _Solve.apply(call, x, *parameters)
         return solution
     return call.solve(x, parameters, keep=False)
-
-
-# --- operators for torch.compile ------------------------------------------------------------------
-#
-# A compiled graph keeps a solve as one node. Its backward pass solves once more, because nothing
-# but tensors can pass from one node to another. Counts are not kept.
-
-_ops = torch.library.Library("anode_fast", "DEF")
-_ops.define(
-    "solve(Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor",
-    tags=torch.Tag.cudagraph_unsafe,  # it waits for the outcome
-)
-_ops.define(
-    "solve_gradient(Tensor grad, Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor[]",
-    tags=torch.Tag.cudagraph_unsafe,
-)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_kernels(backend: str, field: tuple[Any, ...], dtype: torch.dtype, device: str) -> bool:
-    spec, on = MLPSpec(*field), torch.device(device)
-    if backend == "cpu":
-        fits = len(spec.hidden) <= cpu.MOST_HIDDEN_LAYERS
-        return library.load() is not None and on.type == "cpu" and fits
-    kernels: Any = gpu.load()
-    return not (gpu.missing() or gpu.why_not_on(on) or kernels.why_not(field_of(spec), dtype))
-
-
-def can_compile(mlp: Any, x: Tensor, backend: str) -> bool:
-    """Whether the operator can run the field on states like x by a backend, "cpu" or "triton"."""
-    return (
-        x.dtype in (torch.float32, torch.float64)
-        and all(p.dtype == x.dtype and p.device == x.device for p in mlp.tensors())
-        and not any(hasattr(mlp, name) for name in _CALLBACKS)
-        and not has_hooks(mlp)
-        and _has_kernels(backend, _described_field(mlp), x.dtype, str(x.device))
-    )
-
-
-def _described_field(mlp: Any) -> tuple[Any, ...]:
-    """The arguments of its MLPSpec."""
-    return (mlp.dim, (mlp.hidden_dim,) * mlp.num_hidden, mlp.activation, mlp.time_dependent)
-
-
-def compiled(
-    mlp: Any,
-    x: Tensor,
-    t: Tensor,
-    columns: int,
-    settings: tuple[Any, ...],
-) -> Tensor:
-    """The solution by the operator, [times, rows, dim].
-
-    Args:
-        mlp: An MLPField.
-        x: Data columns of the initial state, [rows, data_dim].
-        t: The user's times.
-        columns: Zeros to append to a row of x.
-        settings: rtol, atol, method, options as a tuple of pairs, whether every row takes its own
-            steps, and the backend; numbers, strings and None.
-    """
-    solution: Tensor = torch.ops.anode_fast.solve(
-        x, mlp.tensors(), t, f"{(_described_field(mlp), columns, settings)}"
-    )
-    return solution
-
-
-@functools.lru_cache(maxsize=256)
-def _recipe(call: str) -> tuple[MLPSpec, int, bool, str, dict[str, Any]]:
-    """Spec, appended columns, whether by row, the backend, and make_problem's arguments."""
-    spec, columns, (rtol, atol, method, options, by_row, backend) = ast.literal_eval(call)
-    arguments = dict(rtol=rtol, atol=atol, method=method, options=dict(options))
-    return MLPSpec(*spec), columns, by_row, backend, arguments
-
-
-@functools.lru_cache(maxsize=256)
-def _native(call: str, dtype: torch.dtype, backwards: bool) -> Native:
-    spec, columns, by_row, backend, arguments = _recipe(call)
-    t = torch.tensor([1.0, 0.0] if backwards else [0.0, 1.0])
-    problem = make_problem(_no_field, torch.zeros(1, spec.dim, dtype=dtype), t, **arguments)
-    return prepare(backend, problem, spec, spec.dim - columns, keep_steps=False, by_row=by_row)
-
-
-class _NoField:
-    """Counts nothing."""
-
-    def count(self, evaluations: int) -> None:
-        pass
-
-
-def _no_field(t: Tensor, y: Tensor) -> Tensor:
-    raise NotImplementedError("a compiled solve has no field in Python")
-
-
-def _call(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Call:
-    spec, columns, _, _, arguments = _recipe(call)
-    if x.dtype not in (torch.float32, torch.float64) or x.shape[1:] != (spec.dim - columns,):
-        raise InvalidArgument(
-            f"anode_fast::solve: x is {x.dtype} {tuple(x.shape)}, want float32 or float64 "
-            f"(batch, {spec.dim - columns})"
-        )
-    if any(p.dtype != x.dtype for p in parameters) or (
-        tuple(p.shape for p in parameters) != shapes_of(spec)
-    ):
-        raise InvalidArgument(
-            f"anode_fast::solve: want weights and biases of shapes {shapes_of(spec)} in {x.dtype}"
-        )
-
-    def problem(x: Tensor) -> Problem:
-        return make_problem(_no_field, F.pad(x, (0, columns)), t, **arguments)
-
-    times = t.tolist()
-    backwards = len(times) > 1 and times[0] > times[1]
-    if backwards:
-        times = [-time for time in times]
-    if not all(map(operator.lt, times, times[1:])) or len(times) < 2:
-        problem(x)  # says what is wrong with the times
-    return Call(_native(call, x.dtype, backwards), _NoField(), times, (), problem)  # type: ignore[arg-type]
-
-
-def _solve_now(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
-    return run(_call(x, parameters, t, call), x.detach(), [p.detach() for p in parameters], t.dtype)
-
-
-def _gradient_now(
-    grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
-) -> list[Tensor]:
-    prepared = _call(x, parameters, t, call)
-    prepared.set_grid(t.dtype)
-    found = prepared.gradient(grad, None, x, parameters, [True] * (1 + len(parameters)))
-    # An operator's results may not share their memory, as a GPU's weight gradients do.
-    shared = prepared.native.backend == "triton"
-    return [g.clone() if shared else g for g in found if g is not None]
-
-
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    x, t, *parameters = ctx.saved_tensors
-    x_grad, *grads = torch.ops.anode_fast.solve_gradient(grad, x, parameters, t, ctx.call)
-    return x_grad, grads, None, None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, parameters, t, ctx.call = inputs
-    ctx.save_for_backward(x, t, *parameters)
-
-
-for key in ("CPU", "CUDA"):
-    _ops.impl("solve", _solve_now, key)
-    _ops.impl("solve_gradient", _gradient_now, key)
-torch.library.register_autograd("anode_fast::solve", _backward, setup_context=_setup_context)
-
-
-@torch.library.register_fake("anode_fast::solve")  # type: ignore[untyped-decorator]
-def _solve_fake(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
-    return x.new_empty((t.shape[0], x.shape[0], parameters[-1].shape[0]))
-
-
-@torch.library.register_fake("anode_fast::solve_gradient")  # type: ignore[untyped-decorator]
-def _gradient_fake(
-    grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
-) -> list[Tensor]:
-    return [y.new_empty(y.shape) for y in (x, *parameters)]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from anode_fast import adjoint, fused, reference
 from anode_fast.adjoint import AdjointOptions
@@ -30,7 +31,7 @@ from anode_fast.problem import (
 )
 from anode_fast.recognize import Recognized, recognize, refuse
 from anode_fast.spec import ConvSpec
-from anode_fast.stats import SolveStats
+from anode_fast.stats import GraphStats, SolveStats
 
 Options = Mapping[str, Any]
 Field = Callable[..., Any]
@@ -312,16 +313,17 @@ def solve(
 
     The zeros go along dim 1. The kernels append them on their own.
     """
-    known = func if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS else None
-    if torch.compiler.is_compiling():
-        if (
-            isinstance(known, MLPField)
-            and isinstance(x, Tensor)
-            and _can_compile(known, x, t, settings, columns)
-        ):
-            return _compiled(known, x, t, settings, columns)
-        outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
-        return outside
+    known = _of_ours(func)
+    if known is not None and isinstance(x, Tensor) and fused.casts(known, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return solve(known, fused.widened(x), t, settings, columns)
+    if torch.compiler.is_compiling() or _is_abstract(x):
+        if known is not None and isinstance(x, Tensor):
+            if _can_compile(known, x, t, settings, columns):
+                return _compiled(known, x, t, settings, columns)
+        if torch.compiler.is_dynamo_compiling():
+            outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
+            return outside
     if known is not None:
         return _solve_known(known, "", func, x, t, settings, columns)
     field, why = _recognized(func, x, t, settings, columns)
@@ -338,6 +340,11 @@ def solve(
         why = "the field's value is not that of the operations in its trace"
         refuse(func, why)
         return _solve_known(None, why, func, x, t, settings, columns)
+
+
+def _of_ours(func: Field) -> MLPField | ConvField | None:
+    """A field that the kernels know as it is."""
+    return func if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS else None
 
 
 class _OnRows:
@@ -474,6 +481,11 @@ def _says_nothing(problem: Problem, options: Options | None) -> bool:
     return known and not (one_step and "step_size" not in problem.options)
 
 
+def _is_abstract(x: State) -> bool:
+    """Whether there are no numbers behind a state, but a shape alone."""
+    return isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _uncompiled(
     func: Field, x: State, t: Tensor, settings: Settings, columns: int
@@ -482,46 +494,53 @@ def _uncompiled(
     return solve(func, x, t, settings, columns)
 
 
-def _can_compile(mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, columns: int) -> bool:
+def _can_compile(
+    known: MLPField | ConvField, x: Tensor, t: Tensor, settings: Settings, columns: int
+) -> bool:
     """Whether the operator can carry out the call. All this is known when the graph is traced."""
-    discrete = settings.gradient == "discrete" or (
-        settings.gradient == "auto" and not (settings.adjoint and settings.adjoint.has_options)
-    )
-    family = FAMILIES.get(settings.method or "dopri5")
-    controls = ("batch", "sample") if family == ADAPTIVE else ("batch",)
-    options = settings.options or {}
+    spec = known.spec()
+    dims, width = (4, spec.channels) if isinstance(spec, ConvSpec) else (2, spec.dim)
+    given = settings.adjoint or AdjointArguments()
+    options = [*(settings.options or {}).values(), *(given.options or {}).values()]
     return (
         settings.key() is not None
-        and discrete
-        and settings.backend != "reference"
-        and family in (FIXED, ADAPTIVE)
-        and settings.step_control in controls
-        and set(options) <= OPTIONS[family] - {"perturb", "norm", "step_t", "jump_t"}
-        and all(type(v) is not torch.dtype and v != math.inf for v in options.values())
-        and x.dim() == 2
-        and x.shape[1] + columns == mlp.dim
+        and all(type(v) is not torch.dtype and v != math.inf for v in options)
+        and x.dim() == dims
+        and x.shape[1] + columns == width
+        and x.is_floating_point()
         and t.is_floating_point()
         and not t.requires_grad
-        and fused.can_compile(mlp, x, _compiled_backend(settings, x))
+        and not fused.has_callbacks(known)
+        and not fused.has_hooks(known)
+        and all(isinstance(p, Tensor) for p in known.tensors())  # no bias: None
     )
 
 
 def _compiled(
-    mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, columns: int
+    known: MLPField | ConvField, x: Tensor, t: Tensor, settings: Settings, columns: int
 ) -> tuple[Tensor, SolveStats]:
-    """A solve as one node of a graph that torch.compile traces. Its counts are not known."""
-    options = tuple((settings.options or {}).items())
-    by_row = settings.step_control == "sample"
-    backend = _compiled_backend(settings, x)
-    recipe = (settings.rtol, settings.atol, settings.method, options, by_row, backend)
-    return fused.compiled(mlp, x, t, columns, recipe), SolveStats(backend, settings.method or "")
+    """A solve as one node of a graph. See operators.py, which reads the string."""
+    spec, given = known.spec(), settings.adjoint
+    sizes = (
+        (spec.channels, spec.num_filters) if isinstance(spec, ConvSpec) else (spec.dim, spec.hidden)
+    )
+    adjoint = None
+    if given is not None:
+        adjoint = (given.rtol, given.atol, given.method, _pairs(given.options))
+    call = (
+        (*sizes, spec.activation, spec.time_dependent),
+        columns,
+        (
+            *(settings.rtol, settings.atol, settings.method, _pairs(settings.options)),
+            *(settings.backend, settings.step_control, settings.gradient, adjoint),
+        ),
+    )
+    solution, counts = torch.ops.anode_fast.solve(x, known.tensors(), t, f"{call}")
+    return solution, GraphStats(settings.method or "dopri5", counts)
 
 
-def _compiled_backend(settings: Settings, x: Tensor) -> str:
-    """Whose kernels a compiled call uses, if they can."""
-    if settings.backend == "auto":
-        return "triton" if x.device.type == "cuda" else "cpu"
-    return settings.backend
+def _pairs(options: Options | None) -> tuple[Any, ...] | None:
+    return None if options is None else tuple(options.items())
 
 
 def odeint_event(
@@ -691,17 +710,29 @@ def explain(
         step_control,
         gradient,
     )
+    known = _of_ours(func)
+    if known is not None and isinstance(y0, Tensor) and fused.casts(known, y0):
+        with torch.autocast(y0.device.type, enabled=False):
+            return _explained(known, "", func, fused.widened(y0), t, settings)
+    if known is not None:
+        return _explained(known, "", func, y0, t, settings)
+    return _explained(*_recognized(func, y0, t, settings, 0), func, y0, t, settings)
+
+
+def _explained(
+    known: MLPField | ConvField | Recognized | None,
+    unknown: str,
+    func: Field,
+    y0: State,
+    t: Tensor,
+    settings: Settings,
+) -> str:
     problem = settings.problem(func, y0, t, warn=True)
-    known: MLPField | ConvField | Recognized | None
-    if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS:
-        known, why = func, ""
-    else:
-        known, why = _recognized(func, y0, t, settings, 0)
     on_rows = problem
     if isinstance(known, Recognized) and isinstance(y0, Tensor) and y0.dim() not in (2, 4):
         rows = y0.reshape(-1, y0.shape[-1])
         on_rows = settings.problem(_OnRows(func, y0.shape), rows, t)
-    return describe(problem, settings.plan(on_rows, settings.backward(problem), known, why))
+    return describe(problem, settings.plan(on_rows, settings.backward(problem), known, unknown))
 
 
 def _refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:

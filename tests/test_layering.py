@@ -13,6 +13,7 @@ ORDER = """
     anode_fast
     anode_fast.models
     anode_fast.block
+    anode_fast.operators
     anode_fast.odeint
     anode_fast.plan
     anode_fast.recognize
