@@ -10,6 +10,7 @@
 #include "conv.hpp"
 #include "mlp.hpp"
 #include "peak.hpp"
+#include "program.hpp"
 #include "runge_kutta.hpp"
 
 #define ANODE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -18,7 +19,7 @@ namespace anode {
 namespace {
 
 // Raised whenever a struct or a function below changes; ABI_VERSION in library.py is the same.
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 // What stays the same from call to call.
 struct Plan {
@@ -26,7 +27,17 @@ struct Plan {
   std::int32_t is_double;
   Tableau tableau;
   Options options;
+  const ProgramShape* program;  // the field, if it is none of the above
+
+  std::int64_t parameters() const { return program ? program->num_tensors : 2 * field.layers(); }
 };
+
+// f(shape, Field) for the plan's field.
+template <class T, class F>
+auto with_field(const Plan& plan, F f) {
+  if (plan.program) return f(*plan.program, static_cast<ProgramField<T>*>(nullptr));
+  return f(plan.field, static_cast<Mlp<T>*>(nullptr));
+}
 
 struct AnyTrace {
   virtual ~AnyTrace() = default;
@@ -43,15 +54,18 @@ const T* const* typed(const void* const* pointers) {
 }
 
 template <class T>
-void* solve(const Plan& plan, Call<T> call, const void* const* parameters, bool keep_trace,
+void* solve(const Plan& plan, const Call<T>& call, const void* const* parameters, bool keep_trace,
             Result& result) {
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true, false);
-  std::unique_ptr<OwnedTrace<T>> owned;
-  if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
-  Solver<Mlp<T>> solver(field, plan.tableau, plan.options, call, owned ? &owned->trace : nullptr);
-  result = solver.solve();
-  if (result.status != kSuccess) return nullptr;
-  return static_cast<AnyTrace*>(owned.release());
+  return with_field<T>(plan, [&](const auto& shape, auto* kind) -> void* {
+    using Field = std::remove_pointer_t<decltype(kind)>;
+    const Field field(shape, typed<T>(parameters), plan.options.backwards, true, false);
+    std::unique_ptr<OwnedTrace<T>> owned;
+    if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
+    Solver<Field> solver(field, plan.tableau, plan.options, call, owned ? &owned->trace : nullptr);
+    result = solver.solve();
+    if (result.status != kSuccess) return nullptr;
+    return static_cast<AnyTrace*>(owned.release());
+  });
 }
 
 template <class T>
@@ -59,18 +73,24 @@ void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* cons
                        const void* grad, void* x_grad, void* const* parameter_grads,
                        Result& result) {
   const Trace<T>& kept = static_cast<const OwnedTrace<T>&>(*trace).trace;
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards,
-                     !kept.has_all_records(), true);
-  DiscreteGradient<Mlp<T>> gradient(field, plan.tableau, plan.options, kept);
-  result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
-                        reinterpret_cast<T* const*>(parameter_grads));
+  with_field<T>(plan, [&](const auto& shape, auto* kind) {
+    using Field = std::remove_pointer_t<decltype(kind)>;
+    const Field field(shape, typed<T>(parameters), plan.options.backwards,
+                      !kept.has_all_records(), true);
+    DiscreteGradient<Field> gradient(field, plan.tableau, plan.options, kept);
+    result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
+                          reinterpret_cast<T* const*>(parameter_grads));
+  });
 }
 
 template <class T>
 void continuous_gradient(const Plan& plan, const AdjointCall<T>& call,
                          const void* const* parameters, Result& result) {
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true, true);
-  result = ContinuousGradient<Mlp<T>>(field, plan.tableau, plan.options, call).run();
+  with_field<T>(plan, [&](const auto& shape, auto* kind) {
+    using Field = std::remove_pointer_t<decltype(kind)>;
+    const Field field(shape, typed<T>(parameters), plan.options.backwards, true, true);
+    result = ContinuousGradient<Field>(field, plan.tableau, plan.options, call).run();
+  });
 }
 
 template <class F>
@@ -185,7 +205,7 @@ struct SolveArguments {
 // Solves; returns the checkpoints if `keep_trace`, to be freed by anode_free.
 ANODE_EXPORT void* anode_solve(const SolveArguments* a) {
   const auto* parameters = reinterpret_cast<const void* const*>(a + 1);
-  const auto* times = reinterpret_cast<const double*>(parameters + 2 * a->plan->field.layers());
+  const auto* times = reinterpret_cast<const double*>(parameters + a->plan->parameters());
   auto run = [&](auto scalar) {
     using T = decltype(scalar);
     const Call<T> call{a->rows, static_cast<const T*>(a->x), a->x_stride,
@@ -209,7 +229,7 @@ struct DiscreteGradientArguments {
 // The exact gradient of a solve.
 ANODE_EXPORT void anode_discrete_gradient(const DiscreteGradientArguments* a) {
   const auto* parameters = reinterpret_cast<void* const*>(a + 1);
-  const std::int64_t count = 2 * a->plan->field.layers();
+  const std::int64_t count = a->plan->parameters();
   void* const* grads = a->wants_parameters ? parameters + count : nullptr;
   auto run = a->plan->is_double ? discrete_gradient<double> : discrete_gradient<float>;
   guarded(*a->result,
