@@ -130,8 +130,6 @@ def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
         return f"the state is on {y0.device}, want the CPU"
     if isinstance(spec, ConvSpec):
         return "the C++ solver knows MLPField only"
-    if isinstance(spec, Program):
-        return "programs are not there yet"
     if isinstance(spec, MLPSpec) and len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return ""
