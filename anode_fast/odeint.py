@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_fast import adjoint, fused, reference
+from anode_fast import adjoint, fused, reference, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.convolution import NativeConvField
 from anode_fast.errors import InvalidArgument, InvalidType
@@ -345,6 +345,8 @@ def solve(
         grid = [point for point, _ in problem.grid()] if prepared.fixed else []
         call = fused.Call(prepared, known, problem.times, grid, problem_from)
         return fused.run(call, x, known.tensors(), t.dtype), call.stats
+    if plan.backend == "reference" and settings.backend != "reference" and not plan.by_row:
+        problem.arithmetic = steps.arithmetic(problem)
     params = settings.adjoint.params if settings.adjoint else None
     return _run(problem, plan, params, backward)
 

@@ -88,6 +88,7 @@ class VectorField:
         noise: Unit roundoff of what the field really computes in, if coarser than the solver's
             dtype (half precision states, autocast), else 0. Known after the first evaluation.
         roundoff: That of the coarsest part of the state, in which its derivative is given.
+        time_dtype: dtype in which `func` gets the time.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class VectorField:
         self.noise = 0.0
         self._dtype = state_dtype
         self._solver_dtype = accumulate_dtype or state_dtype
-        self._time_dtype = state_dtype.to_real() if state_dtype.is_complex else state_dtype
+        self.time_dtype = state_dtype.to_real() if state_dtype.is_complex else state_dtype
         self._device = device
         self._casts = self._solver_dtype != state_dtype
         if self._casts:
@@ -119,6 +120,10 @@ class VectorField:
         self._reuses_output = False
         self._needs_grad = False
         self._last_output: Tensor | None = None
+        # Whether two evaluations have shown that the field gets and returns plain states, and
+        # neither writes into one nor returns the same memory again.
+        self._settled = False
+        self._special = self._casts or layout is not None
 
     def __call__(
         self, t: float | Tensor, y: Tensor, shift: Tensor | None = None, side: int = HERE
@@ -134,51 +139,77 @@ class VectorField:
         Raises:
             InvalidArgument, InvalidType: The field's value does not fit the state.
         """
+        return self.at(self.time(t, shift, side), y)
+
+    def at(self, time: Tensor, y: Tensor) -> Tensor:
+        """dy/dt at the user's time, a tensor as the field gets it."""
         self.nfe += 1
+        if self._settled and not y.is_inference():
+            version = y._version
+            try:
+                value = self.func(time, y)
+            except RuntimeError as error:
+                value = self._call_again(error, time, y)
+            if (
+                type(value) is Tensor
+                and value.dtype is self._dtype
+                and value.shape == y.shape
+                and value.device == y.device
+                and y._version == version
+            ):
+                return -value if self.backwards else value
+            return self._finished(value, y, y, version)
         first = self.nfe == 1
-        time = self._time(t, shift, side)
         state = y.to(self._dtype) if self._casts else y
         # Inference tensors do not count writes: no telling whether the field makes some.
         tracked = not state.is_inference()
         if (first and state is y) or self._writes_input or not tracked:
             state = state.clone()
-        version = state._version if tracked else 0
-        value = self._call(time, state)
-        if tracked and state._version != version and not self._writes_input:
+        version = state._version if tracked else None
+        return self._finished(self._call(time, state), y, state, version, first)
+
+    def _finished(
+        self, value: Any, y: Tensor, state: Tensor, version: int | None, first: bool = False
+    ) -> Tensor:
+        if version is not None and state._version != version and not self._writes_input:
             self._note_write(first)
         value = self._check(value, y)
+        self._settled = self.nfe > 1 and not (
+            self._special or self._writes_input or self._reuses_output or self._needs_grad
+        )
         return -value if self.backwards else value
 
     def user_time(self, t: float) -> float:
         """The user's time at solver time t."""
         return -t if self.backwards else t
 
-    def _time(self, t: float | Tensor, shift: Tensor | None, side: int) -> Tensor:
+    def time(self, t: float | Tensor, shift: Tensor | None = None, side: int = HERE) -> Tensor:
+        """The user's time at solver time t, a tensor of its own."""
         if isinstance(t, Tensor):
-            time = t.to(self._time_dtype, copy=True)  # the field may change it in place
+            time = t.to(self.time_dtype, copy=True)  # the field may change it in place
             if side:
                 time = torch.nextafter(time, torch.full_like(time, side * math.inf))
         else:
             if side:
                 t = self._neighbour(t, side)
             time = torch.scalar_tensor(
-                -t if self.backwards else t, dtype=self._time_dtype, device=self._device
+                -t if self.backwards else t, dtype=self.time_dtype, device=self._device
             )
             if shift is None:
                 return time
         if self.backwards and isinstance(t, Tensor):
             time = -time
         if shift is not None:
-            shift = shift.to(device=self._device, dtype=self._time_dtype)
+            shift = shift.to(device=self._device, dtype=self.time_dtype)
             time = time - shift if self.backwards else time + shift
         return time
 
     def _neighbour(self, t: float, side: int) -> float:
-        if self._time_dtype == torch.float64:
+        if self.time_dtype == torch.float64:
             return math.nextafter(t, side * math.inf)
-        if self._time_dtype == torch.float32:
+        if self.time_dtype == torch.float32:
             return float(np.nextafter(np.float32(t), np.float32(side * math.inf)))
-        at = torch.scalar_tensor(t, dtype=self._time_dtype)
+        at = torch.scalar_tensor(t, dtype=self.time_dtype)
         return torch.nextafter(at, torch.full_like(at, side * math.inf)).item()
 
     def _call(self, time: Tensor, state: Tensor) -> Any:
@@ -187,10 +218,14 @@ class VectorField:
         try:
             return self.func(time, self.layout.unpack(state) if self.layout else state)
         except RuntimeError as error:
-            # A field that calls torch.autograd.grad needs a state that requires grad.
-            if "does not require grad" not in str(error):
-                raise
+            return self._call_again(error, time, state)
+
+    def _call_again(self, error: RuntimeError, time: Tensor, state: Tensor) -> Any:
+        """A field that calls torch.autograd.grad needs a state that requires grad."""
+        if self._needs_grad or "does not require grad" not in str(error):
+            raise error
         self._needs_grad = True
+        self._settled = False
         return self._call_with_grad(time, state)
 
     def _call_with_grad(self, time: Tensor, state: Tensor) -> Any:

@@ -17,6 +17,7 @@ ORDER = """
     anode_fast.plan
     anode_fast.recognize
     anode_fast.convolution
+    anode_fast.steps
     anode_fast.fields
     anode_fast.fused
     anode_fast.kernels
@@ -39,6 +40,7 @@ ORDER = """
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
     anode_fast.kernels.cpu.conv
+    anode_fast.kernels.cpu.combine
     anode_fast.kernels.cpu.library
     anode_fast.kernels.interface
     anode_fast.adjoint

@@ -21,6 +21,7 @@ from anode_fast.reference.dense import DenseSolution, solution_at
 from anode_fast.reference.events import solve_until_event
 from anode_fast.reference.implicit import ImplicitRecipe
 from anode_fast.reference.runge_kutta import (
+    PLAIN,
     FixedRecipe,
     adaptive_steps,
     grid_steps,
@@ -58,7 +59,8 @@ def grid_recipe(problem: Problem) -> Callable[[Interval, Tensor, Tensor | None],
     options, field, perturb = problem.options, problem.field, problem.perturb
     linear = options.get("interp", "cubic") == "linear"
     if problem.family == FIXED:
-        return FixedRecipe(field, TABLEAUS[problem.method], linear, perturb)
+        arithmetic = problem.arithmetic or PLAIN
+        return FixedRecipe(field, TABLEAUS[problem.method], linear, perturb, arithmetic)
     if problem.family == IMPLICIT:
         return ImplicitRecipe(
             field,
