@@ -81,20 +81,20 @@ class Arithmetic(Protocol):
         field: VectorField,
         interval: Any,
         y: Tensor,
-        f0: Tensor,
-        end_side: int,
+        f0: Tensor | None,
+        sides: tuple[int, int],
     ) -> tuple[Tensor, list[Tensor]]:
-        """The solution at the end of a step and its stage derivatives.
+        """The solution at the end of a step and its stage derivatives, the first unless given.
 
-        A stage at the very end of the step is evaluated on `end_side` of it, in case the field
-        jumps there.
+        Stages at the very start and end of the step are evaluated on these sides of it, in case the
+        field jumps there.
         """
         ...
 
     def combine(
         self, y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Any], h: Any
     ) -> Tensor:
-        """y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
+        """Returns y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
         ...
 
     def scaled_norm(

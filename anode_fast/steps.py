@@ -23,7 +23,7 @@ from anode_fast.problem import ADAPTIVE, FIXED, Norm, Problem, rms_norm
 from anode_fast.reference.runge_kutta import PLAIN
 from anode_fast.reference.step import Interval
 from anode_fast.tableau import TABLEAUS, ButcherTableau
-from anode_fast.vector_field import VectorField
+from anode_fast.vector_field import HERE, VectorField
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -56,21 +56,20 @@ def _of_dtype(dtype: torch.dtype) -> NativeArithmetic:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A tableau where the library can read it."""
+    """A tableau where the library can read it: nodes, and the weights of every sum of a step.
+
+    The sums are the stages' arguments and, unless the last of those is it, the solution.
+    """
 
     nodes: Numbers
-    arguments: tuple[Numbers, ...]
-    solution: Numbers
+    sums: tuple[Numbers, ...]
 
 
 @functools.cache
 def _rows(method: str) -> _Rows:
     tableau = TABLEAUS[method]  # whose own hash takes long
-    return _Rows(
-        Numbers(tableau.c_float[1:]),
-        tuple(Numbers(row) for row in tableau.a_float[1:]),
-        Numbers(tableau.b_float),
-    )
+    solution = () if tableau.solution_is_last_stage else (tableau.b_float,)
+    return _Rows(Numbers(tableau.c_float), tuple(map(Numbers, (*tableau.a_float, *solution))))
 
 
 @functools.lru_cache(maxsize=256)
@@ -84,7 +83,7 @@ def _ends(sizes: tuple[int, ...]) -> Numbers:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """x where the library can read it."""
+    """The same numbers where the library can read them."""
     return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
@@ -106,36 +105,52 @@ class NativeArithmetic:
         field: VectorField,
         interval: Interval,
         y: Tensor,
-        f0: Tensor,
-        end_side: int,
+        f0: Tensor | None,
+        sides: tuple[int, int],
     ) -> tuple[Tensor, list[Tensor]]:
-        """The solution at the end of a step and its stage derivatives."""
-        if interval.shift0 is not None or interval.shift1 is not None or type(f0) not in _PLAIN:
-            return PLAIN.stages(tableau, field, interval, y, f0, end_side)
-        rows, h = _rows(tableau.name), interval.t1 - interval.t0
-        f0 = _plain(f0)
-        ks, addresses = [f0], [f0.data_ptr()]
-        has_graph = torch.is_grad_enabled()
-        times = self._times(tableau, rows.nodes, interval, end_side, field, has_graph)
-        combined = self._combined if has_graph else self._sum
+        """The solution at the end of a step and its stage derivatives, the first unless given."""
+        is_special = interval.shift0 is not None or interval.shift1 is not None
+        if is_special or (f0 is not None and type(f0) not in _PLAIN):
+            return PLAIN.stages(tableau, field, interval, y, f0, sides)
+        t0, t1 = interval.t0, interval.t1
+        h, rows, first = t1 - t0, _rows(tableau.name), 0 if f0 is None else 1
+        ks = [] if f0 is None else [_plain(f0)]
+        if torch.is_grad_enabled() or field.time_dtype is not self._dtype:
+            # With a graph, each time has memory of its own: autograd notes writes to memory.
+            times: Sequence[Tensor] = [
+                field.time(t1 if c == 1 else t0 + c * h, None, _side(c, sides))
+                for c in tableau.c_float[first:]
+            ]
+            return self._stages_with_graph(field, times, rows.sums[first:], y, h, ks), ks
+        sign = -1.0 if field.backwards else 1.0
+        times = self.native.node_times(rows.nodes, first, (t0, t1), sides, sign)
+        return self.native.stages(field.at, times, rows.sums[first:], y, h, ks), ks
+
+    def _stages_with_graph(
+        self,
+        field: VectorField,
+        times: Sequence[Tensor],
+        rows: Sequence[Numbers],
+        y: Tensor,
+        h: float,
+        ks: list[Tensor],
+    ) -> Tensor:
+        """As `Steps.stages`, differentiable."""
         argument = y
-        for time, row in zip(times, rows.arguments, strict=True):
-            argument = combined(y, ks, addresses, row, h)
-            k = _plain(field.at(time, argument))
-            ks.append(k)
-            addresses.append(k.data_ptr())
-        if not tableau.solution_is_last_stage:
-            argument = combined(y, ks, addresses, rows.solution, h)
-        return argument, ks
+        for row, time in itertools.zip_longest(rows, times):
+            if ks:
+                argument = self._combined(y, ks, row, h)
+            if time is not None:
+                ks.append(_plain(field.at(time, argument)))
+        return argument
 
     def combine(
         self, y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Any], h: Any
     ) -> Tensor:
-        """y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
+        """Returns y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
         if y is None or isinstance(h, Tensor) or isinstance(weights[0], Tensor):
             return PLAIN.combine(y, ks, weights, h)
-        ks = [_plain(k) for k in ks]
-        return self._combined(y, ks, [k.data_ptr() for k in ks], Numbers(weights), h)
+        return self._combined(y, [_plain(k) for k in ks], Numbers(weights), h)
 
     def scaled_norm(
         self,
@@ -161,49 +176,28 @@ class NativeArithmetic:
             *((rtol, atol), _ends(sizes)),
         )
 
-    def _times(
-        self,
-        tableau: ButcherTableau,
-        nodes: Numbers,
-        interval: Interval,
-        end_side: int,
-        field: VectorField,
-        has_graph: bool,
-    ) -> Sequence[Tensor]:
-        """The times of a step's stages but the first, for the field."""
-        # With a graph, each has memory of its own: autograd notes writes to memory.
-        if has_graph or field.time_dtype is not self._dtype:
-            t0, dt = interval.t0, interval.t1 - interval.t0
-            return [
-                field.time(t0 + c * dt)
-                if c != 1
-                else field.time(interval.t1, None, end_side)
-                for c in tableau.c_float[1:]
-            ]
-        times = torch.empty(nodes.count, dtype=self._dtype)
-        sign = -1.0 if field.backwards else 1.0
-        self.native.node_times(nodes, interval.t0, interval.t1, end_side, sign, times)
-        return times.unbind()
+    def _combined(self, y: Tensor, ks: Sequence[Tensor], weights: Numbers, h: float) -> Tensor:
+        """Returns y + h * sum_j weights[j] * ks[j], differentiable if it has to be."""
+        if not torch.is_grad_enabled() or not (y.requires_grad or any(k.requires_grad for k in ks)):
+            return self.sum(y, ks, weights, h)
+        if len(ks) > FEW:
+            combined: Tensor = _Combined.apply(self, weights, h, y, *ks)
+            return combined
+        for k, w in zip(ks, weights.values, strict=False):
+            if w:
+                y = torch.add(y, k, alpha=h * w)
+        return y
 
-    def _sum(
-        self, y: Tensor, ks: list[Tensor], addresses: list[int], weights: Numbers, h: float
-    ) -> Tensor:
+    def sum(self, y: Tensor, ks: Sequence[Tensor], weights: Numbers, h: float) -> Tensor:
+        """Returns y + h * sum_j weights[j] * ks[j]."""
         out = torch.empty_like(y)
-        self.native.combine(y, addresses, weights, h, out)
+        self.native.combine(y, [k.data_ptr() for k in ks], weights, h, out)
         return out
 
-    def _combined(
-        self, y: Tensor, ks: list[Tensor], addresses: list[int], weights: Numbers, h: float
-    ) -> Tensor:
-        """The same, differentiable if it has to be."""
-        if not torch.is_grad_enabled() or not (
-            y.requires_grad or any(k.requires_grad for k in ks)
-        ):
-            return self._sum(y, ks, addresses, weights, h)
-        if len(ks) <= FEW:
-            return PLAIN.combine(y, ks, weights.values, h)
-        combined: Tensor = _Combined.apply(self, weights, h, y, *ks)
-        return combined
+
+def _side(c: float, sides: tuple[int, int]) -> int:
+    """Of the node c."""
+    return sides[0] if c == 0 else sides[1] if c == 1 else HERE
 
 
 FEW = 2
@@ -211,14 +205,14 @@ FEW = 2
 
 
 class _Combined(torch.autograd.Function):
-    """y + h * sum_j weights[j] * ks[j]: one node of a graph."""
+    """Returns y + h * sum_j weights[j] * ks[j]: one node of a graph."""
 
     @staticmethod
     def forward(
         ctx: Any, arithmetic: NativeArithmetic, weights: Numbers, h: float, y: Tensor, *ks: Tensor
     ) -> Tensor:
         ctx.arithmetic, ctx.weights, ctx.h, ctx.count = arithmetic, weights, h, len(ks)
-        return arithmetic._sum(y, [], [k.data_ptr() for k in ks], weights, h)
+        return arithmetic.sum(y, ks, weights, h)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -226,9 +220,10 @@ class _Combined(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or type(grad) is not Tensor
+            or torch._C._functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched
+            or fused.why_not_transforms()
             or not grad.is_contiguous()
             or grad.is_neg()
-            or fused.why_not_transforms()
         ):
             parts = [grad * (h * w) if w else None for w in weights.values[:count]]
         else:

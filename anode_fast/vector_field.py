@@ -40,6 +40,7 @@ class Layout:
             self.dtype = torch.promote_types(self.dtype, dtype)
         if self._as_pairs:
             self.dtype = self.dtype.to_real()
+        self._is_uniform = all(dtype is self.dtype for dtype in self.dtypes)
         self.sizes = [
             shape.numel() * (2 if self._as_pairs and is_complex else 1)
             for shape, is_complex in zip(self.shapes, complex_parts, strict=True)
@@ -47,6 +48,8 @@ class Layout:
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """The parts one after the other, [sum of sizes]."""
+        if self._is_uniform:
+            return torch.cat([part if part.dim() == 1 else part.reshape(-1) for part in parts])
         flat = []
         for part in parts:
             if self._as_pairs and part.is_complex():
@@ -56,8 +59,21 @@ class Layout:
         packed = torch.cat(flat)
         return packed if packed.dtype == self.dtype else packed.to(self.dtype)
 
+    def fits(self, parts: Sequence[Any]) -> bool:
+        """Whether these are tensors like the parts, and all of one dtype."""
+        return self._is_uniform and all(
+            type(part) is Tensor and part.dtype is self.dtype and part.shape == shape
+            for part, shape in zip(parts, self.shapes, strict=True)
+        )
+
     def unpack(self, flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         """The parts of `flat`, [*lead, sum of sizes], each [*lead, *its shape]."""
+        if self._is_uniform and not lead and flat.dtype is self.dtype:
+            pieces = flat.split_with_sizes(self.sizes)
+            return tuple(
+                piece if len(shape) == 1 else piece.view(shape)
+                for piece, shape in zip(pieces, self.shapes, strict=True)
+            )
         parts = []
         for piece, shape, dtype in zip(
             flat.split(self.sizes, dim=-1), self.shapes, self.dtypes, strict=True
@@ -123,7 +139,6 @@ class VectorField:
         # Whether two evaluations have shown that the field gets and returns plain states, and
         # neither writes into one nor returns the same memory again.
         self._settled = False
-        self._special = self._casts or layout is not None
 
     def __call__(
         self, t: float | Tensor, y: Tensor, shift: Tensor | None = None, side: int = HERE
@@ -145,11 +160,12 @@ class VectorField:
         """dy/dt at the user's time, a tensor as the field gets it."""
         self.nfe += 1
         if self._settled and not y.is_inference():
-            version = y._version
+            version, layout = y._version, self.layout
             try:
-                value = self.func(time, y)
+                found = self.func(time, layout.unpack(y) if layout else y)
             except RuntimeError as error:
-                value = self._call_again(error, time, y)
+                found = self._call_again(error, time, y)
+            value = self._packed(layout, found) if layout else found
             if (
                 type(value) is Tensor
                 and value.dtype is self._dtype
@@ -157,16 +173,17 @@ class VectorField:
                 and value.device == y.device
                 and y._version == version
             ):
-                return -value if self.backwards else value
-            return self._finished(value, y, y, version)
+                settled: Tensor = value
+                return -settled if self.backwards else settled
+            return self._finished(found, y, y, version)
         first = self.nfe == 1
         state = y.to(self._dtype) if self._casts else y
         # Inference tensors do not count writes: no telling whether the field makes some.
         tracked = not state.is_inference()
         if (first and state is y) or self._writes_input or not tracked:
             state = state.clone()
-        version = state._version if tracked else None
-        return self._finished(self._call(time, state), y, state, version, first)
+        before = state._version if tracked else None
+        return self._finished(self._call(time, state), y, state, before, first)
 
     def _finished(
         self, value: Any, y: Tensor, state: Tensor, version: int | None, first: bool = False
@@ -175,7 +192,7 @@ class VectorField:
             self._note_write(first)
         value = self._check(value, y)
         self._settled = self.nfe > 1 and not (
-            self._special or self._writes_input or self._reuses_output or self._needs_grad
+            self._casts or self._writes_input or self._reuses_output or self._needs_grad
         )
         return -value if self.backwards else value
 
@@ -296,6 +313,8 @@ class VectorField:
                 f"odeint: the state is a tuple of {len(layout.shapes)} tensors, but the field "
                 f"returned {len(value)} parts. Return one derivative per part."
             )
+        if layout.fits(value):
+            return layout.pack(value)
         for i, (part, shape) in enumerate(zip(value, layout.shapes, strict=True)):
             if not isinstance(part, Tensor):
                 raise InvalidType(

@@ -42,17 +42,19 @@ class PlainArithmetic:
         field: VectorField,
         interval: Interval,
         y: Tensor,
-        f0: Tensor,
-        end_side: int,
+        f0: Tensor | None,
+        sides: tuple[int, int],
     ) -> tuple[Tensor, list[Tensor]]:
-        """The solution at the end of a step and its stage derivatives."""
+        """The solution at the end of a step and its stage derivatives, the first unless given."""
         h = interval.h
+        if f0 is None:
+            f0 = field(interval.t0, y, interval.shift0, sides[0])
         ks = [f0]
         stage = y
         for c, row in zip(tableau.c_float[1:], tableau.a_float[1:], strict=True):
             stage = combine(y, ks, row, h)
             t, shift = interval.at(c)
-            ks.append(field(t, stage, shift, end_side if c == 1 else HERE))
+            ks.append(field(t, stage, shift, sides[1] if c == 1 else HERE))
         if tableau.solution_is_last_stage:
             return stage, ks
         return combine(y, ks, tableau.b_float, h), ks
@@ -60,7 +62,7 @@ class PlainArithmetic:
     def combine(
         self, y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Any], h: Any
     ) -> Tensor:
-        """y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
+        """Returns y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
         return combine(y, ks, weights, h)
 
     def scaled_norm(
@@ -80,10 +82,8 @@ class PlainArithmetic:
 PLAIN = PlainArithmetic()
 
 
-def scaled(
-    x: Tensor, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor
-) -> Tensor:
-    """x over the tolerance atol + rtol * max(|y0|, |y1|), entry by entry."""
+def scaled(x: Tensor, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor) -> Tensor:
+    """Divides x by the tolerance atol + rtol * max(|y0|, |y1|), entry by entry."""
     size = y0.abs() if y0 is y1 else torch.maximum(y0.abs(), y1.abs())
     return x / size.mul_(rtol).add_(atol)
 
@@ -101,14 +101,22 @@ class FixedRecipe:
     perturb: bool
     arithmetic: Arithmetic = PLAIN
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Sides of a step's ends on which its stages are evaluated."""
+        return (NEXT, PREV) if self.perturb else (HERE, HERE)
+
     def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> GridStep:
-        k0 = f0
-        if k0 is None:
-            side = NEXT if self.perturb else HERE
-            k0 = self.field(interval.t0, y, interval.shift0, side)
-        end_side = PREV if self.perturb else HERE
-        y1, _ = self.arithmetic.stages(self.tableau, self.field, interval, y, k0, end_side)
-        return GridStep(self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=k0)
+        y1, ks = self.stages(interval, y, f0)
+        return GridStep(
+            self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=ks[0]
+        )
+
+    def stages(
+        self, interval: Interval, y: Tensor, f0: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The solution at the end of the step and its stage derivatives."""
+        return self.arithmetic.stages(self.tableau, self.field, interval, y, f0, self.sides)
 
 
 def grid_steps(
@@ -128,6 +136,28 @@ def grid_steps(
         stats.accepted += 1
         yield step
         y, f0 = step.y1, None if step.perturb else step.f1
+
+
+def solution_on_grid(
+    problem: Problem,
+    recipe: FixedRecipe,
+    grid: Iterable[tuple[float, Tensor | None]],
+    stats: SolveStats,
+    f0: Tensor | None = None,
+) -> Tensor:
+    """What `grid_steps` lead to if every output time is a grid point, and no shifts are."""
+    on_step = problem.callback("callback_step")
+    y, times = problem.y0, problem.times
+    outputs = [y]
+    for (t0, _), (t1, _) in pairwise(grid):
+        if on_step:
+            on_step(t0, y, t1 - t0)
+        y, _ = recipe.stages(Interval(t0, t1), y, f0)
+        f0 = None
+        stats.accepted += 1
+        if t1 == times[len(outputs)]:
+            outputs.append(y)
+    return torch.stack(outputs)
 
 
 # --- adaptive steps -------------------------------------------------------------------------------
@@ -170,9 +200,7 @@ class AdaptiveStep:
             x * (p + x * (q + x * (r + x * s))) for p, q, r, s in self.tableau.interpolant_float
         ]
 
-    def error_ratio(
-        self, tolerances: tuple[float | Tensor, float | Tensor], norm: Norm
-    ) -> float:
+    def error_ratio(self, tolerances: tuple[float | Tensor, float | Tensor], norm: Norm) -> float:
         """Norm of the estimate of the local error over the tolerance."""
         return self.arithmetic.scaled_norm(
             *(self.y0, self.y1, self.ks, self.tableau.b_err_float, self.interval.h),
@@ -194,11 +222,9 @@ class AdaptiveRecipe:
     ends_on_jump: bool = False
 
     def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> AdaptiveStep:
-        if f0 is None:
-            f0 = self.field(interval.t0, y, interval.shift0)
         arithmetic = self.arithmetic
-        y1, ks = arithmetic.stages(self.tableau, self.field, interval, y, f0, PREV)
-        step = AdaptiveStep(self.tableau, interval, y, y1, f0, ks[-1], ks, self, arithmetic)
+        y1, ks = arithmetic.stages(self.tableau, self.field, interval, y, f0, (HERE, PREV))
+        step = AdaptiveStep(self.tableau, interval, y, y1, ks[0], ks[-1], ks, self, arithmetic)
         return self.cross(step) if self.ends_on_jump else step
 
     def cross(self, step: AdaptiveStep) -> AdaptiveStep:
@@ -300,9 +326,7 @@ def adaptive_steps(
     with torch.no_grad():
         dt = options.get("first_step")
         if dt is None:
-            dt = choose_initial_step(
-                field, t0, y, f0, tableau.order, tolerances, norm, arithmetic
-            )
+            dt = choose_initial_step(field, t0, y, f0, tableau.order, tolerances, norm, arithmetic)
     if not math.isfinite(dt):
         raise failures.non_finite(problem, t0, dt, 0, f0)
     dt = rounded(controller.clamp(dt))
@@ -436,7 +460,7 @@ class RowRecipe:
     def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> RowStep:
         if f0 is None or not isinstance(interval, RowInterval):
             raise TypeError("a step by row needs intervals by row and the derivative at its start")
-        y1, ks = PLAIN.stages(self.tableau, self.field, interval, y, f0, PREV)
+        y1, ks = PLAIN.stages(self.tableau, self.field, interval, y, f0, (HERE, PREV))
         step = RowStep(self.tableau, interval, y, y1, f0, ks[-1], ks, self)
         return step if interval.accept is None else self.keep(step, interval.accept)
 

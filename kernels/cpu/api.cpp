@@ -342,7 +342,7 @@ struct TimesArguments {
   void* out;
   const double* c;
   std::int64_t count;
-  std::int64_t side;
+  std::int64_t side0, side1;
   double t0, t1, sign;
 };
 
@@ -350,7 +350,8 @@ struct TimesArguments {
 ANODE_EXPORT void anode_node_times(const TimesArguments* a) {
   auto run = [&](auto scalar) {
     using T = decltype(scalar);
-    node_times(a->c, a->count, a->t0, a->t1, a->side, a->sign, static_cast<T*>(a->out));
+    node_times(a->c, a->count, a->t0, a->t1, a->side0, a->side1, a->sign,
+               static_cast<T*>(a->out));
   };
   a->is_double ? run(0.0) : run(0.0f);
 }

@@ -143,14 +143,15 @@ double error_ratio(const WeightedSum<T>& sum, const T* y0, const T* y1,
   return largest;
 }
 
-// sign * (t0 + c * (t1 - t0)) for the nodes c, [count]. At the end of a step, `side` of it: the
-// neighbouring number before it (-1) or behind it (1).
+// sign * (t0 + c * (t1 - t0)) for the nodes c, [count]. At the ends of a step, c = 0 and c = 1, the
+// neighbouring number below (side -1) or above (1) that time, if a side is given.
 template <class T>
-void node_times(const double* c, std::int64_t count, double t0, double t1, std::int64_t side,
-                double sign, T* out) {
+void node_times(const double* c, std::int64_t count, double t0, double t1, std::int64_t side0,
+                std::int64_t side1, double sign, T* out) {
   for (std::int64_t j = 0; j < count; ++j) {
     T t = T(c[j] == 1 ? t1 : t0 + c[j] * (t1 - t0));
-    if (c[j] == 1 && side) t = std::nextafter(t, T(side) * std::numeric_limits<T>::infinity());
+    const std::int64_t side = c[j] == 1 ? side1 : c[j] == 0 ? side0 : 0;
+    if (side) t = std::nextafter(t, T(side) * std::numeric_limits<T>::infinity());
     out[j] = T(sign) * t;
   }
 }

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Numbers:
 
     __slots__ = ("_memory", "address", "count", "values")
 
-    def __init__(self, values: Sequence[float], kind: type = ctypes.c_double) -> None:
+    def __init__(self, values: Sequence[float], kind: Any = ctypes.c_double) -> None:
         self.values = values
         self.count = len(values)
         self._memory = (kind * max(self.count, 1))(*values)
@@ -31,6 +32,13 @@ def _packer(layout: str, addresses: int) -> Callable[..., bytes]:
     return struct.Struct(f"={layout}{addresses}q").pack
 
 
+_COMBINE = "qqqqdqq"
+MOST_STAGES = 16
+_PACKERS = [_packer(_COMBINE, count) for count in range(MOST_STAGES + 1)]
+
+_TIMES = _packer("qqqqqqddd", 0)
+
+
 class Steps:
     """The calls, for states of one dtype.
 
@@ -40,36 +48,85 @@ class Steps:
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._is_double = dtype == torch.float64
         self._combine = library.anode_combine
         self._spread = library.anode_spread
         self._error_ratio = library.anode_error_ratio
         self._node_times = library.anode_node_times
 
-    def combine(self, y: Tensor | None, stages: Sequence[int], weights: Numbers, h: float,
-                out: Tensor) -> None:  # fmt: skip
+    def combine(
+        self, y: Tensor | None, stages: Sequence[int], weights: Numbers, h: float, out: Tensor
+    ) -> None:
         """Puts y + h * sum_j weights[j] * stages[j] into `out`; y=None: the sum alone.
 
         Args:
             y: [...].
             stages: Addresses of tensors like `out`. Those of weight 0 are not read.
             weights: One for each stage, or more.
+            h: Factor of all weights.
             out: [...].
         """
         count = len(stages)
         self._combine(
-            _packer("qqqqdqq", count)(
+            _packer(_COMBINE, count)(
                 *(self._is_double, out.numel(), 0 if y is None else y.data_ptr(), out.data_ptr()),
                 *(h, weights.address, count),
                 *stages,
             )
         )
 
+    def stages(
+        self,
+        evaluate: Callable[[Tensor, Tensor], Tensor],
+        times: Sequence[Tensor],
+        rows: Sequence[Numbers],
+        y: Tensor,
+        h: float,
+        ks: list[Tensor],
+    ) -> Tensor:
+        """Evaluates the stages of a step, one after the other.
+
+        Args:
+            evaluate: The field: a time and a state to its derivative.
+            times: Of the stages.
+            rows: Their rows in the tableau; one more for a sum after the last stage.
+            y: State at the start of the step.
+            h: Size of the step.
+            ks: The stages so far, contiguous; gets the others.
+
+        Returns:
+            The last sum.
+        """
+        is_double, n, from_y, call, empty = (
+            *(self._is_double, y.numel(), y.data_ptr()),
+            *(self._combine, torch.empty_like),
+        )
+        addresses = [k.data_ptr() for k in ks]
+        count, last, out = len(ks), len(times), y
+        for i, row in enumerate(rows):
+            if count:
+                out = empty(y)
+                call(
+                    _PACKERS[count](
+                        *(is_double, n, from_y, out.data_ptr(), h, row.address, count), *addresses
+                    )
+                )
+            if i == last:
+                break
+            k = evaluate(times[i], out)
+            if not k.is_contiguous() or k.is_neg():
+                k = k.resolve_neg().contiguous()
+            ks.append(k)
+            addresses.append(k.data_ptr())
+            count += 1
+        return out
+
     def spread(self, grad: Tensor, weights: Numbers, h: float, count: int) -> Tensor:
-        """h * weights[j] * grad for the first `count` weights, [count, *grad.shape]."""
+        """Returns h * weights[j] * grad for the first `count` weights, [count, *grad.shape]."""
         out = grad.new_empty((count, *grad.shape))
         self._spread(
-            _packer("qqqqdqq", 0)(
+            _packer(_COMBINE, 0)(
                 *(self._is_double, grad.numel(), grad.data_ptr(), out.data_ptr()),
                 *(h, weights.address, count),
             )
@@ -112,19 +169,23 @@ class Steps:
         return ratio
 
     def node_times(
-        self, c: Numbers, t0: float, t1: float, side: int, sign: float, out: Tensor
-    ) -> None:
-        """Puts sign * (t0 + c * (t1 - t0)) into `out` for all nodes.
+        self, c: Numbers, first: int, ends: tuple[float, float], sides: tuple[int, int], sign: float
+    ) -> tuple[Tensor, ...]:
+        """Times sign * (t0 + c * (t1 - t0)) for the nodes, each a 0-d tensor of the states' dtype.
 
         Args:
             c: Nodes.
-            t0, t1: Ends of the step.
-            side: -1 or 1: the end of the step is the number next to it on that side.
+            first: Number of the first one wanted.
+            ends: t0 and t1, the ends of the step.
+            sides: -1, 0 or 1 for each end: the number next to it on that side, if not 0.
             sign: 1 or -1.
-            out: [nodes].
         """
+        count = c.count - first
+        out = torch.empty(count, dtype=self._dtype)
         self._node_times(
-            _packer("qqqqqddd", 0)(
-                self._is_double, out.data_ptr(), c.address, c.count, side, t0, t1, sign
+            _TIMES(
+                *(self._is_double, out.data_ptr(), c.address + 8 * first, count, *sides),
+                *(*ends, sign),
             )
         )
+        return out.unbind()
