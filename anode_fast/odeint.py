@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from anode_fast import adjoint, fused, reference
+from anode_fast import adjoint, fused, reference, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.convolution import NativeConvField
 from anode_fast.errors import InvalidArgument, InvalidType
@@ -443,6 +443,8 @@ def _solve_known(
         expected = _expected(known, func, x, t, columns)
         call = fused.Call(prepared, known, problem.times, grid, problem_from, expected)
         return fused.run(call, x, known.tensors(), t.dtype), call.stats
+    if plan.backend == "reference" and settings.backend != "reference" and not plan.by_row:
+        problem.arithmetic = steps.arithmetic(problem)
     params = settings.adjoint.params if settings.adjoint else None
     return _run(problem, plan, params, backward)
 

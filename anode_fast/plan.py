@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anode_fast import convolution, fused
+from anode_fast import convolution, fused, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
 from anode_fast.fields import ConvField, MLPField
@@ -113,6 +113,8 @@ def choose(
     chosen, spec, why = _choose_backend(
         problem, field, unknown, backend, wanted, by_row, backward, params
     )
+    if chosen == "reference" and backend != "reference":
+        why = (*why, "steps: " + _how_steps(problem, by_row))
     keep_steps = True
     if gradient == "auto":
         is_native = chosen == "triton" or (chosen == "cpu" and not isinstance(spec, ConvSpec))
@@ -204,6 +206,12 @@ def _how(backend: str, problem: Problem, spec: Spec, by_row: bool) -> str:
     if isinstance(spec, ConvSpec):
         return "backend: the C++ kernels evaluate the field, PyTorch operations make the steps"
     return "backend: the C++ kernels run the whole solve in one call"
+
+
+def _how_steps(problem: Problem, by_row: bool) -> str:
+    """What computes between the evaluations of a field that no kernel knows."""
+    reason = "every row has its own" if by_row else steps.why_not(problem)
+    return f"PyTorch operations: {reason}" if reason else "C++ between the field's evaluations"
 
 
 def _automatic(

@@ -14,13 +14,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from anode_fast.errors import InvalidArgument, InvalidType, NonFiniteState
-from anode_fast.tableau import TABLEAUS
+from anode_fast.tableau import TABLEAUS, ButcherTableau
 from anode_fast.vector_field import HERE, NEXT, Layout, VectorField
 
 State = Tensor | tuple[Tensor, ...]
@@ -72,6 +72,45 @@ MAX_GRID = 10_000_000
 """Longest grid of a fixed-step method."""
 
 
+class Arithmetic(Protocol):
+    """What a step of an explicit Runge-Kutta method computes beside the field."""
+
+    def stages(
+        self,
+        tableau: ButcherTableau,
+        field: VectorField,
+        interval: Any,
+        y: Tensor,
+        f0: Tensor | None,
+        sides: tuple[int, int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The solution at the end of a step and its stage derivatives, the first unless given.
+
+        Stages at the very start and end of the step are evaluated on these sides of it, in case the
+        field jumps there.
+        """
+        ...
+
+    def combine(
+        self, y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Any], h: Any
+    ) -> Tensor:
+        """Returns y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
+        ...
+
+    def scaled_norm(
+        self,
+        y0: Tensor,
+        y1: Tensor,
+        ks: Sequence[Tensor],
+        weights: Sequence[float],
+        h: Any,
+        tolerances: tuple[float | Tensor, float | Tensor],
+        norm: Norm,
+    ) -> float:
+        """Norm of h * sum_j weights[j] * ks[j] over the tolerance atol + rtol * max(|y0|, |y1|)."""
+        ...
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """Root mean square of all entries; 0 for an empty tensor."""
     norm: Tensor = torch.linalg.vector_norm(x)
@@ -81,6 +120,29 @@ def rms_norm(x: Tensor) -> Tensor:
 def mixed_norm(parts: Sequence[Tensor]) -> Tensor | float:
     """The largest `rms_norm` of the parts of a tuple state."""
     return max((rms_norm(part) for part in parts), default=0.0)
+
+
+class NormOfParts:
+    """A norm of a tuple state as one of the flat state.
+
+    Args:
+        norm: Of the tuple. May have the attribute `sizes`.
+        layout: The tuple's.
+
+    Attributes:
+        sizes: Of the first parts of the state, if the norm is the largest `rms_norm` of those, else
+            None.
+    """
+
+    def __init__(self, norm: Norm, layout: Layout) -> None:
+        self._norm = norm
+        self._unpack = layout.unpack
+        known = layout.sizes if norm is mixed_norm else getattr(norm, "sizes", None)
+        self.sizes: tuple[int, ...] | None = None if known is None else tuple(known)
+
+    def __call__(self, x: Tensor) -> Tensor | float:
+        """The norm of a flat state."""
+        return self._norm(self._unpack(x))
 
 
 @dataclass
@@ -102,6 +164,7 @@ class Problem:
         state_dtype: dtype of the user's state.
         layout: The user's tuple, or None for one tensor.
         original: The user's own callable.
+        arithmetic: How steps compute; None: by PyTorch operations.
         suggested_step: The step an adaptive solve would take next; set by the solver.
     """
 
@@ -120,6 +183,7 @@ class Problem:
     state_dtype: torch.dtype
     layout: Layout | None
     original: Callable[..., Any]
+    arithmetic: Arithmetic | None = None
     suggested_step: float | None = None
 
     @property
@@ -304,12 +368,7 @@ def make_problem(
     kept = _check_options(method, family, options, len(times), backwards, event_fn, warn)
     norm = kept.pop("norm", None)
     if layout:
-        user_norm, unpack = norm or mixed_norm, layout.unpack
-
-        def norm_of_parts(x: Tensor) -> Tensor | float:
-            return user_norm(unpack(x))
-
-        norm = norm_of_parts
+        norm = NormOfParts(norm or mixed_norm, layout)
     return Problem(
         field=field,
         y0=state.float() if narrow else state,

@@ -22,6 +22,7 @@ ORDER = """
     anode_fast.recognize.trace
     anode_fast.recognize.surroundings
     anode_fast.convolution
+    anode_fast.steps
     anode_fast.fields
     anode_fast.fused
     anode_fast.kernels
@@ -44,6 +45,7 @@ ORDER = """
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
     anode_fast.kernels.cpu.conv
+    anode_fast.kernels.cpu.combine
     anode_fast.kernels.cpu.library
     anode_fast.kernels.interface
     anode_fast.adjoint
