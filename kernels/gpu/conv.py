@@ -177,7 +177,7 @@ def _weighted(a, scale, weight, total, F: tl.constexpr):
     at = weight + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     w = tl.load(at)
     if F.parts == 0:
-        total = product(a, w, total, F.precision)
+        total = product(a, w, total, F)
     else:
         a = a * scale
         high = a.to(tl.float16)
@@ -193,7 +193,7 @@ def _weighted(a, scale, weight, total, F: tl.constexpr):
 def _scaled_product(a, a_scale, b, b_scale, total, F: tl.constexpr):
     """Total + (a_scale * a) @ (b_scale * b), likewise."""
     if F.parts == 0:
-        total = product(a, b, total, F.precision)
+        total = product(a, b, total, F)
     else:
         a = a * a_scale
         b = b * b_scale
@@ -292,7 +292,7 @@ def _second_layer(
             h = tl.load(hidden + (r + shift) * N + n, mask=near, other=0.0)
         else:
             v = tl.load(x + (r + shift) * D + c, mask=near, other=0.0)
-            h = activations.activate(product(v, w1, None, F.precision), F.activation)
+            h = activations.activate(product(v, w1, None, F), F.activation)
         of_tap = weights[W2] + tap * N * N
         z = _weighted(h, 1.0 if _is_homogeneous(F.activation) else scale, of_tap, z, F)
     z = z * back + tl.load(weights[B2] + n)
@@ -336,7 +336,7 @@ def evaluate(
     if F.time:
         k += t * tl.load(weights[W3_TIME] + c)
     w = tl.load(weights[W3] + tl.arange(0, N)[:, None] * D + c)
-    return product(activations.activate(z, F.activation), w, k, F.precision)
+    return product(activations.activate(z, F.activation), w, k, F)
 
 
 @triton.jit
@@ -372,7 +372,7 @@ def first_layer(
             x + first * D + r * D + tl.arange(0, D)[None, :], mask=inside[:, None], other=0.0
         )
         w = _first_weights(weights, t.to(v.dtype), F)
-        h = activations.activate(product(v, w, None, F.precision), F.activation)
+        h = activations.activate(product(v, w, None, F), F.activation)
         place = hidden + first * N + r * N + tl.arange(0, N)[None, :]
         tl.store(place, h, mask=inside[:, None])
 
@@ -431,7 +431,7 @@ def vjp_outer(
             )  # fmt: skip
             g = tl.load(cotangent + first * D + r * D + c, mask=inside[:, None], other=0.0)
             kept = activations.keep(z, F.activation)
-            delta = product(g, w3, None, F.precision)
+            delta = product(g, w3, None, F)
             delta *= activations.derivative(kept, F.activation)
             tl.store(deltas + first * N + r * N + n, delta, mask=inside[:, None])
             tl.store(largest + 2 * index, bound)
@@ -439,7 +439,7 @@ def vjp_outer(
             if WEIGHTS:
                 h = activations.value(kept, F.activation)
                 # Pixels that are not there have g = 0.
-                total = product(tl.trans(h), g, total, F.precision)
+                total = product(tl.trans(h), g, total, F)
                 of_tile = tl.sum(g, 0)
                 bias += of_tile
                 time += t * of_tile
@@ -514,12 +514,12 @@ def vjp_inner(
                 )
                 g = _weighted(delta, scale, weights[W2_TRANSPOSED] + tap * N * N, g, F)
             v = tl.load(x + first * D + r * D + c, mask=inside[:, None], other=0.0)
-            z = product(v, _first_weights(weights, t, F), None, F.precision)
+            z = product(v, _first_weights(weights, t, F), None, F)
             kept = activations.keep(z, F.activation)
             g = g * back * activations.derivative(kept, F.activation)
             w = tl.load(weights[W1] + c * N + tl.arange(0, N)[:, None])  # [N, D]
             w = tl.where(c < F.channels, w, 0.0)
-            of_state = product(g, w, None, F.precision)
+            of_state = product(g, w, None, F)
             place = first * D + r * D + c
             tl.store(found + place, of_state, mask=inside[:, None])
             if ADD:
@@ -527,7 +527,7 @@ def vjp_inner(
                 tl.store(total + place, before + of_state, mask=inside[:, None])
             if WEIGHTS:
                 v = tl.where((c == F.channels + 1) & inside[:, None], t, v)
-                weight_sum = product(tl.trans(g), v, weight_sum, F.precision)
+                weight_sum = product(tl.trans(g), v, weight_sum, F)
             if TIME:
                 g = tl.where(inside[:, None], g, 0.0)
                 of_tile = tl.sum(tl.sum(g, 0) * tl.load(weights[W1_TIME] + tl.arange(0, N)), 0)
@@ -595,7 +595,7 @@ def vjp_weights(
                 third = _scaled_product(h, h_scale, delta, d_scale, third, F)
             has = has_tap(p[None, :], inside[None, :], j, F) & is_mine
             times = tl.where(has, t, tl.where((j == 9) & inside[None, :], 1.0, 0.0))
-            bias = product(times.to(T), delta, bias, F.precision)
+            bias = product(times.to(T), delta, bias, F)
     place = sums + (pid * 9 + tap) * N * N + m * N + n
     tl.store(place, tl.load(place) + total * back)
     if TAKE == 3:
@@ -620,4 +620,4 @@ def _first_layer_transposed(
         return tl.load(hidden + first * N + r * N + tl.arange(0, N)[:, None], mask=near, other=0.0)
     else:
         v = tl.load(x + first * D + r * D + tl.arange(0, D)[:, None], mask=near, other=0.0)
-        return activations.activate(product(w1, v, None, F.precision), F.activation)
+        return activations.activate(product(w1, v, None, F), F.activation)

@@ -1,5 +1,7 @@
 """kernels/gpu/products.py: tf32, with and without hardware that drops what it does not take."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,12 @@ from tests.kernels.gpu.solves import Case, f32, f64, solved
 from tests.kernels.gpu.test_conv import evaluated, made
 
 
+class Precision(NamedTuple):
+    """What a product wants of a field."""
+
+    precision: str
+
+
 @triton.jit
 def _rounded(x, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
@@ -18,10 +26,10 @@ def _rounded(x, out, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, out, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+def _product(a, b, out, M: tl.constexpr, K: tl.constexpr, F: tl.constexpr):
     m, k = tl.arange(0, M), tl.arange(0, K)
     at_a, at_b = m[:, None] * K + k[None, :], k[:, None] * M + m[None, :]
-    found = product(tl.load(a + at_a), tl.load(b + at_b), None, PRECISION)
+    found = product(tl.load(a + at_a), tl.load(b + at_b), None, F)
     tl.store(out + m[:, None] * M + m[None, :], found)
 
 
@@ -52,7 +60,7 @@ def test_operands_are_rounded(device):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(shape, generator=generator) for shape in ((16, 512), (512, 16)))
     out = torch.empty(16, 16, device=device)
-    _product[(1,)](a.to(device), b.to(device), out, 16, 512, "tf32")
+    _product[(1,)](a.to(device), b.to(device), out, 16, 512, Precision("tf32"))
     want = rounded(a).double() @ rounded(b).double()
     torch.testing.assert_close(out.cpu().double(), want, rtol=1e-5, atol=0)
     assert ((out.cpu().double() - a.double() @ b.double()) / want).mean().abs() < 1e-5
