@@ -267,7 +267,7 @@ FIELDS = {
     "closure": (closure, (5, 2), KERNELS),
     "switched by the state": (SwitchedByState, (5, 2), "cannot be traced"),
     "switched by the time": (SwitchedByTime, (5, 2), "cannot be traced"),
-    "attention": (Attention, (5, 3), "product of matrices that is not state times weights"),
+    "attention": (Attention, (5, 3), "no operation that the kernels know"),
     "detached part": (Detached, (5, 2), "its gradient is not that of the operations"),
     "Hamiltonian": (Hamiltonian, (5, 2), "cannot be traced"),
     "keeps times": (Recorded, (5, 2), "cannot be traced"),
@@ -295,7 +295,7 @@ def solved(field, y0, solver=anode_fast.odeint, **options):
         parameters = [p for p in field.parameters() if p.requires_grad]
     weights = torch.linspace(0.5, 1.5, solution.numel(), dtype=y0.dtype).reshape(solution.shape)
     grads = torch.autograd.grad((solution * weights).sum(), [y0, *parameters], allow_unused=True)
-    return [solution.detach(), *[torch.zeros(()) if g is None else g for g in grads]]
+    return [solution.detach(), *[y0.new_zeros(()) if g is None else g for g in grads]]
 
 
 METHODS = {
@@ -325,11 +325,18 @@ def test_they_are_right(name, dtype, method):
     field, y0, expected = made(name, dtype)
     gradient = {} if expected == KERNELS else {"gradient": "discrete"}
     got = solved(field, y0, **gradient, **METHODS[method])
-    # float32: the error of the steps, 1e-6, and rounding of the field.
-    rtol = 1e-9 if dtype == torch.float64 else 2e-4
-    for a, b in zip(got, want, strict=True):
+    # float32: at most three times the error of PyTorch's operations in float32, and rounding.
+    plain = want
+    if dtype == torch.float32:
+        own, start, _ = made(name, dtype)
+        plain = solved(own, start, backend="reference", gradient="discrete", **METHODS[method])
+    largest = max(float(x.abs().max()) for x in want)
+    for a, b, c in zip(got, want, plain, strict=True):
         scale = float(b.abs().max())
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=rtol * scale + 1e-30)
+        allowed = 3 * float((c.double() - b).abs().max()) + 32 * torch.finfo(dtype).eps * scale
+        # Where steps are chosen, rounding may choose others.
+        rounding = 1e-9 if dtype == torch.float64 else 5e-4 if method == "dopri5" else 1e-6
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=max(allowed, rounding * largest))
 
 
 @pytest.mark.parametrize("name", FIELDS)

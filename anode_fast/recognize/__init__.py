@@ -369,7 +369,7 @@ def _trace(func: Callable[..., Any], y: Tensor, around: Surroundings) -> torch.f
 
     around.accept()
     traced = make_fx(
-        torch.func.functionalize(func),
+        torch.func.functionalize(lambda t, y: func(t, y)),
         decomposition_table=_decompositions(),
         tracing_mode="fake",
         _allow_non_fake_inputs=True,

@@ -40,12 +40,12 @@ class Images:
             if name != "slice.Tensor" or shape_of(node) == shape_of(args[0]):
                 return inner
             return ("part",)  # ones_like(x[:, :1])
-        if name.split(".")[0] in ("ones", "ones_like", "new_ones"):
+        if name == "ones_like.default":
             return ("ones",)
         if name in ("expand.default", "view.default", "repeat.default", "unsqueeze.default"):
             inner = self.env.get(args[0])
             return inner if inner == ("time",) else ("other", name)
-        if name == "mul.Tensor" and {self.env.get(a, a) for a in args} == {("ones",), ("time",)}:
+        if name == "mul.Tensor" and {self._factor(a) for a in args} == {("ones",), ("time",)}:
             return ("time",)
         if name == "cat.default" and len(args) > 1 and args[1] in (1, -3) and len(args[0]) == 2:
             time, inner = (self.env.get(x) for x in args[0])
@@ -55,6 +55,10 @@ class Images:
             return self._convolution(node)
         activation = self._activation(node, name)
         return ("act", activation, self.env.get(args[0])) if activation else ("other", name)
+
+    def _factor(self, x: Any) -> Any:
+        is_one = isinstance(x, fx.Node) and self.weights.number(x) == 1.0
+        return ("ones",) if is_one else self.env.get(x)
 
     def _convolution(self, node: fx.Node) -> Any:
         x, weight, bias, stride, padding, dilation, transposed, _, groups = args_of(node)

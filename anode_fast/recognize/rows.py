@@ -170,7 +170,8 @@ class Rows:
     def known(self, x: Any) -> Any:
         """What an argument is: a _Value, a _Number, a tuple of these, or a weight's node."""
         if isinstance(x, fx.Node):
-            return self.env.get(x, x)
+            number = self.weights.number(x)
+            return self.env.get(x, x) if number is None else _Number(number)
         if isinstance(x, (bool, int, float)):
             return _Number(float(x))
         raise NotKnown(f"an operation takes {x!r}")
@@ -180,6 +181,8 @@ class Rows:
         found = self.known(x)
         if isinstance(found, _Value):
             return found
+        if isinstance(x, fx.Node) and x.meta["val"].dtype not in (self.y.dtype, torch.bool):
+            raise NotKnown(f"it computes with {x.meta['val'].dtype}, the state is {self.y.dtype}")
         if isinstance(found, _Number):
             return _Value(self.number(found.number), 1, True, True)
         if isinstance(found, fx.Node):
@@ -188,9 +191,7 @@ class Rows:
 
     def _vector(self, node: fx.Node) -> _Value:
         """A weight that is a vector over the features, or a number."""
-        shape, dtype = shape_of(node), node.meta["val"].dtype
-        if dtype != self.y.dtype:
-            raise NotKnown(f"a tensor that it holds is {dtype}, the state {self.y.dtype}")
+        shape = shape_of(node)
         width = shape[-1] if shape else 1
         if math.prod(shape) != width:
             raise NotKnown(f"a tensor that it holds, {shape}, has values of its own for each row")
@@ -428,26 +429,14 @@ def _add(rows: Rows, node: fx.Node) -> Any:
     alpha = _arguments(node, alpha=1)[0]
     if name.startswith("rsub"):
         a, b = b, a
-    if (numbers := _numbers(rows, a, b)) is not None:
-        return _Number(numbers[0] + (alpha if name.startswith("add") else -alpha) * numbers[1])
     if alpha != 1:
         raise NotKnown("add with alpha is no operation that the kernels know")
     return rows.elementwise(node, "add" if name.startswith("add") else "sub", a, b)
 
 
-def _numbers(rows: Rows, a: Any, b: Any) -> tuple[float, float] | None:
-    """Both arguments if they are numbers."""
-    found = rows.known(a), rows.known(b)
-    if all(isinstance(x, _Number) for x in found):
-        return found[0].number, found[1].number
-    return None
-
-
 @_handles("mul.Tensor", "mul.Scalar")
 def _mul(rows: Rows, node: fx.Node) -> Any:
     a, b = args_of(node)
-    if (numbers := _numbers(rows, a, b)) is not None:
-        return _Number(numbers[0] * numbers[1])
     for one, other in ((a, b), (b, a)):
         # torch.ones(...) * t, the usual way to give every row the time.
         if rows.known(one) == _Number(1.0) and rows.value(other).same:
@@ -458,8 +447,6 @@ def _mul(rows: Rows, node: fx.Node) -> Any:
 @_handles("div.Tensor", "div.Scalar")
 def _div(rows: Rows, node: fx.Node) -> Any:
     a, b = args_of(node)
-    if (numbers := _numbers(rows, a, b)) is not None and numbers[1]:
-        return _Number(numbers[0] / numbers[1])
     return rows.elementwise(node, "div", a, b)
 
 
@@ -510,7 +497,7 @@ def _linear(rows: Rows, node: fx.Node, x: Any, weight: Any, bias: Any = None) ->
     if matrix.meta["val"].dtype != rows.y.dtype:
         raise NotKnown(f"its weights are {matrix.meta['val'].dtype}, the state {rows.y.dtype}")
     value, width = rows.value(x), shape_of(node)[-1]
-    if value.flat or (value.same and rows.rows != 1 and shape_of(node)[0] != rows.rows):
+    if value.flat:
         raise NotKnown("a product of matrices that is not state times weights")
     inputs = rows.widened(value, rows.shape(x)[-1])
     op = "linear_t"
@@ -680,19 +667,16 @@ def _sum(rows: Rows, node: fx.Node) -> _Value:
 
 
 @_handles(
-    *("ones.default", "ones_like.default", "new_ones.default"),
-    *("zeros.default", "zeros_like.default", "new_zeros.default"),
-    *("full.default", "full_like.default", "new_full.default", "scalar_tensor.default"),
+    *("ones_like.default", "new_ones.default", "zeros_like.default", "new_zeros.default"),
+    *("full_like.default", "new_full.default"),
 )
 def _filled(rows: Rows, node: fx.Node) -> _Number:
     if node.meta["val"].dtype != rows.y.dtype:
         raise NotKnown(f"it makes a tensor of {node.meta['val'].dtype}")
     name = name_of(node)
-    if "ones" in name or "zeros" in name:
+    if "full" not in name:
         return _Number(float("ones" in name))
-    if name == "scalar_tensor.default":
-        return _Number(float(args_of(node)[0]))
-    fill = _arguments(node, "fill_value")[0]
+    (fill,) = _arguments(node, "fill_value")
     if not isinstance(fill, (int, float)):
         raise NotKnown("it fills a tensor with another one's value")
     return _Number(float(fill))

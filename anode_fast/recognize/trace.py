@@ -41,14 +41,27 @@ class Weights:
             if node.op == "output" or node in self.used:
                 self.used.update((node, *node.all_input_nodes))
         self.nodes: set[fx.Node] = set()
+        self._constants: dict[fx.Node, Tensor] = {}
         for node in self.graph.nodes:
             _refuse_what_is_not_repeatable(node)
+            inputs = node.all_input_nodes
             if node.op == "get_attr" or (
-                node.op == "call_function"
-                and node.all_input_nodes
-                and self.nodes.issuperset(node.all_input_nodes)
+                node.op == "call_function" and self.nodes.issuperset(inputs)
             ):
                 self.nodes.add(node)
+                if node.op != "get_attr" and set(inputs) <= self._constants.keys():
+                    self._constants[node] = node.target(
+                        *fx.map_arg(node.args, self._constants.__getitem__),
+                        **fx.map_arg(node.kwargs, self._constants.__getitem__),
+                    )
+
+    def number(self, node: fx.Node) -> float | None:
+        """The number that a tensor made of nothing is filled with, None if it is no such tensor."""
+        made = self._constants.get(node)
+        if not isinstance(made, Tensor) or not made.numel():
+            return None
+        first = made.flatten()[0]
+        return float(first) if bool((made == first).all()) else None
 
     def tensor(self, node: fx.Node) -> Tensor:
         """What a get_attr node holds."""
