@@ -84,6 +84,12 @@ struct ProgramShape {
   const TensorShape* tensors;
   const Zeros* record_zeros;
   const Zeros* delta_zeros;
+
+  int parameters() const { return num_tensors; }
+  std::int64_t parameter_size(int parameter) const {
+    const TensorShape& tensor = tensors[parameter];
+    return std::int64_t(tensor.rows) * std::max(tensor.columns, 1);
+  }
 };
 
 static_assert(ProgramShape::kBlock >= kBlockOutputs);
@@ -187,7 +193,7 @@ class ProgramField {
 
   // --- gradients of the parameters
 
-  int parameters() const { return shape_.num_tensors; }
+  int parameters() const { return shape_.parameters(); }
 
   // Size of an accumulator of all parameters' gradients.
   std::size_t gradient_size() const {
