@@ -9,6 +9,7 @@
 #include "combine.hpp"
 #include "continuous.hpp"
 #include "conv.hpp"
+#include "first_stage.hpp"
 #include "mlp.hpp"
 #include "peak.hpp"
 #include "program.hpp"
@@ -30,14 +31,19 @@ struct Plan {
   Options options;
   const ProgramShape* program;  // the field, if it is none of the above
 
-  std::int64_t parameters() const { return program ? program->num_tensors : 2 * field.layers(); }
+  std::int64_t parameters() const { return program ? program->parameters() : field.parameters(); }
 };
 
-// f(shape, Field) for the plan's field.
-template <class T, class F>
+template <template <class> class Field_>
+struct Kind {
+  template <class T>
+  using Field = Field_<T>;
+};
+
+// f(shape, Kind) of the plan's field.
+template <class F>
 auto with_field(const Plan& plan, F f) {
-  if (plan.program) return f(*plan.program, static_cast<ProgramField<T>*>(nullptr));
-  return f(plan.field, static_cast<Mlp<T>*>(nullptr));
+  return plan.program ? f(*plan.program, Kind<ProgramField>{}) : f(plan.field, Kind<Mlp>{});
 }
 
 struct AnyTrace {
@@ -55,11 +61,16 @@ const T* const* typed(const void* const* pointers) {
 }
 
 template <class T>
-void* solve(const Plan& plan, const Call<T>& call, const void* const* parameters, bool keep_trace,
-            Result& result) {
-  return with_field<T>(plan, [&](const auto& shape, auto* kind) -> void* {
-    using Field = std::remove_pointer_t<decltype(kind)>;
+void* solve(const Plan& plan, const Call<T>& call, const void* const* parameters,
+            const T* expected, std::int64_t expected_rows, bool keep_trace, Result& result) {
+  return with_field(plan, [&](const auto& shape, auto kind) -> void* {
+    using Field = typename decltype(kind)::template Field<T>;
     const Field field(shape, typed<T>(parameters), plan.options.backwards, true, false);
+    if (expected) {
+      const FirstStage<decltype(kind)::template Field, T> first(
+          field, shape, typed<T>(parameters), plan.options, call, expected_rows);
+      if (!first.has(expected, result)) return nullptr;
+    }
     std::unique_ptr<OwnedTrace<T>> owned;
     if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
     Solver<Field> solver(field, plan.tableau, plan.options, call, owned ? &owned->trace : nullptr);
@@ -74,8 +85,8 @@ void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* cons
                        const void* grad, void* x_grad, void* const* parameter_grads,
                        Result& result) {
   const Trace<T>& kept = static_cast<const OwnedTrace<T>&>(*trace).trace;
-  with_field<T>(plan, [&](const auto& shape, auto* kind) {
-    using Field = std::remove_pointer_t<decltype(kind)>;
+  with_field(plan, [&](const auto& shape, auto kind) {
+    using Field = typename decltype(kind)::template Field<T>;
     const Field field(shape, typed<T>(parameters), plan.options.backwards,
                       !kept.has_all_records(), true);
     DiscreteGradient<Field> gradient(field, plan.tableau, plan.options, kept);
@@ -87,8 +98,8 @@ void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* cons
 template <class T>
 void continuous_gradient(const Plan& plan, const AdjointCall<T>& call,
                          const void* const* parameters, Result& result) {
-  with_field<T>(plan, [&](const auto& shape, auto* kind) {
-    using Field = std::remove_pointer_t<decltype(kind)>;
+  with_field(plan, [&](const auto& shape, auto kind) {
+    using Field = typename decltype(kind)::template Field<T>;
     const Field field(shape, typed<T>(parameters), plan.options.backwards, true, true);
     result = ContinuousGradient<Field>(field, plan.tableau, plan.options, call).run();
   });
@@ -201,9 +212,12 @@ struct SolveArguments {
   Result* result;
   std::int64_t num_times;
   std::int64_t num_grid;
+  const void* expected;  // dy/dt of the first rows at the first time as the user has it, or null
+  std::int64_t expected_rows;
 };
 
-// Solves; returns the checkpoints if `keep_trace`, to be freed by anode_free.
+// Solves; returns the checkpoints if `keep_trace`, to be freed by anode_free. Does not solve if the
+// field is not as expected.
 ANODE_EXPORT void* anode_solve(const SolveArguments* a) {
   const auto* parameters = reinterpret_cast<const void* const*>(a + 1);
   const auto* times = reinterpret_cast<const double*>(parameters + a->plan->parameters());
@@ -212,7 +226,8 @@ ANODE_EXPORT void* anode_solve(const SolveArguments* a) {
     const Call<T> call{a->rows, static_cast<const T*>(a->x), a->x_stride,
                        times,   a->num_times,                times + a->num_times,
                        a->num_grid, static_cast<T*>(a->out)};
-    return solve(*a->plan, call, parameters, a->keep_trace, *a->result);
+    return solve(*a->plan, call, parameters, static_cast<const T*>(a->expected),
+                 a->expected_rows, a->keep_trace, *a->result);
   };
   return guarded(*a->result, [&] { return a->plan->is_double ? run(0.0) : run(0.0f); });
 }

@@ -99,38 +99,77 @@ inline Vec<T> logarithm_1_plus(Vec<T> x) {
   return sum == T(1) ? x : (infinite ? sum : value);
 }
 
+// Beyond, the reduction below loses digits.
 template <class T>
-inline Vec<T> sine(Vec<T> x) {
-  return by_lane<T>(x, [](T z) { return std::sin(z); });
-}
+constexpr T kMostAngle = std::is_same_v<T, float> ? T(8000) : T(1e5);
 
-template <class T>
-inline Vec<T> cosine(Vec<T> x) {
-  return by_lane<T>(x, [](T z) { return std::cos(z); });
+// sin(x + quarters pi / 2) for |x| <= kMostAngle. (Reduction in three parts: Cody, Waite, Software
+// Manual for the Elementary Functions, 1980, chapter 8.)
+template <class T, int kQuarters>
+inline Vec<T> sine_of_some(Vec<T> x) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  constexpr int kMantissaBits = std::numeric_limits<T>::digits - 1;
+  constexpr T kRound = T(3 * (std::int64_t(1) << (kMantissaBits - 1)));
+  constexpr T kPerQuarter = T(0.636619772367581343075535);
+  // n times the first two is exact.
+  constexpr T kHigh = kFloat ? T(1.5703125) : T(0x1.921fb544p0);
+  constexpr T kMiddle = kFloat ? T(0x1.fb4p-12) : T(0x1.0b4611a6p-34);
+  constexpr T kLow = kFloat ? T(7.5497899548918821692e-8) : T(0x1.3198a2e037073p-69);
+  const Vec<T> rounded = x * kPerQuarter + kRound;
+  const Vec<T> n = rounded - kRound;
+  const Vec<T> r = ((x - n * kHigh) - n * kMiddle) - n * kLow, u = r * r;
+  Vec<T> s, c;
+  if constexpr (kFloat) {
+    s = polynomial<T>(u, -0.16666664650f, 0.0083327459364f, -0.00019587387068f);
+    c = polynomial<T>(u, 0.041666664645f, -0.0013888300697f, 0.000024547437210f);
+  } else {
+    s = polynomial<T>(u, -0.16666666666666664599, 0.0083333333333309245621,
+                      -0.00019841269836722417756, 2.755731608381635861e-6,
+                      -2.5051127944014187575e-8, 1.591784852480826101e-10);
+    c = polynomial<T>(u, 0.041666666666666665373, -0.0013888888888887382271,
+                      0.000024801587298743069286, -2.7557317260008838164e-7,
+                      2.0876143827993132496e-9, -1.1382456778061305849e-11);
+  }
+  const Vec<T> of_sine = r + r * (u * s), of_cosine = T(1) + (u * (u * c) - u * T(0.5));
+  using Int = typename VectorTraits<T>::Int;
+  const IntVec<T> quarter = (IntVec<T>)rounded + Int(kQuarters);
+  const Vec<T> value = (quarter & Int(1)) != 0 ? of_cosine : of_sine;
+  const Vec<T> found = (quarter & Int(2)) != 0 ? -value : value;
+  return kQuarters == 0 ? (x == T(0) ? x : found) : found;  // -0 stays -0
 }
 
 // --- operations ----------------------------------------------------------------------------------------
 
-// out = f(in[0], ..., in[Count - 1]).
+// out = f(in[0], ..., in[Count - 1]). A function of its own for each f: one for many has no registers
+// left for the constants of any.
 template <class T, int Count, class F>
-inline void map(const View<T>* in, const View<T>& out, int features, int vectors, F f) {
-  bool dense = out.feature == vectors * kLanes<T>;
-  for (int i = 0; i < Count; ++i) {
-    dense &= in[i].feature == vectors * kLanes<T> && in[i].vector == kLanes<T>;
+__attribute__((noinline)) void map(const View<T>* in, const View<T>& out, int features,
+                                   int vectors, F f) {
+  constexpr int kWidth = kLanes<T>;
+  bool dense = out.feature == vectors * kWidth;
+  for (int k = 0; k < Count; ++k) {
+    dense &= in[k].feature == vectors * kWidth && in[k].vector == kWidth;
   }
   if (dense) {
-    vectors *= features;
-    features = 1;
+    T* to = out.at;
+    const T *a = in[0].at, *b = in[Count > 1].at, *c = in[Count > 2 ? 2 : 0].at;
+    const std::ptrdiff_t count = std::ptrdiff_t(features) * vectors * kWidth;
+    for (std::ptrdiff_t e = 0; e < count; e += kWidth) {
+      if constexpr (Count == 1) store<T>(to + e, f(load(a + e)));
+      if constexpr (Count == 2) store<T>(to + e, f(load(a + e), load(b + e)));
+      if constexpr (Count == 3) store<T>(to + e, f(load(a + e), load(b + e), load(c + e)));
+    }
+    return;
   }
   for (int i = 0; i < features; ++i) {
-    const T* from[Count];
-    for (int k = 0; k < Count; ++k) from[k] = in[k].at + i * in[k].feature;
-    T* to = out.at + i * out.feature;
     for (int v = 0; v < vectors; ++v) {
-      auto x = [&](int k) ANODE_INLINE { return load(from[k] + v * in[k].vector); };
-      if constexpr (Count == 1) store<T>(to + v * kLanes<T>, f(x(0)));
-      if constexpr (Count == 2) store<T>(to + v * kLanes<T>, f(x(0), x(1)));
-      if constexpr (Count == 3) store<T>(to + v * kLanes<T>, f(x(0), x(1), x(2)));
+      auto x = [&](int k) ANODE_INLINE {
+        return load(in[k].at + i * in[k].feature + v * in[k].vector);
+      };
+      T* to = out.at + i * out.feature + v * kWidth;
+      if constexpr (Count == 1) store<T>(to, f(x(0)));
+      if constexpr (Count == 2) store<T>(to, f(x(0), x(1)));
+      if constexpr (Count == 3) store<T>(to, f(x(0), x(1), x(2)));
     }
   }
 }
@@ -149,6 +188,23 @@ inline void map_activation(const View<T>& in, const View<T>* out, bool both, int
       store<T>(out[1].at + i * out[1].feature + v * kLanes<T>, found.slope);
     }
   }
+}
+
+// out = sin(in + quarters pi / 2).
+template <class T, int kQuarters>
+void map_sine(const View<T>& in, const View<T>& out, int features, int vectors) {
+  IntVec<T> large{};
+  for (int i = 0; i < features; ++i) {
+    for (int v = 0; v < vectors; ++v) {
+      large |= anode::abs<T>(load(in.at + i * in.feature + v * in.vector)) > kMostAngle<T>;
+    }
+  }
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (large[i]) return map<T, 1>(&in, out, features, vectors, [](Vec<T> x) {
+      return by_lane<T>(x, [](T z) { return kQuarters ? std::cos(z) : std::sin(z); });
+    });
+  }
+  map<T, 1>(&in, out, features, vectors, [](Vec<T> x) { return sine_of_some<T, kQuarters>(x); });
 }
 
 // x^p. The powers that torch has by multiplication are so here too.
@@ -188,8 +244,8 @@ void apply(Op op, const View<T>* in, const View<T>* out, bool both, int features
     case Op::expm1: return of_one([](V x) { return exponential_minus_1_of_any<T>(x); });
     case Op::log: return of_one([](V x) { return logarithm<T>(x); });
     case Op::log1p: return of_one([](V x) { return logarithm_1_plus<T>(x); });
-    case Op::sin: return of_one([](V x) { return sine<T>(x); });
-    case Op::cos: return of_one([](V x) { return cosine<T>(x); });
+    case Op::sin: return map_sine<T, 0>(in[0], out[0], features, vectors);
+    case Op::cos: return map_sine<T, 1>(in[0], out[0], features, vectors);
     case Op::tanh: return of_one([](V x) { return Tanh<T>::value(x); });
     case Op::sigmoid: return of_one([](V x) { return Sigmoid<T>::value(x); });
     case Op::relu: return of_one([](V x) { return Relu<T>::value(x); });

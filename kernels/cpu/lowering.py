@@ -656,7 +656,8 @@ class _Place(ctypes.Structure):
 class _Operation(ctypes.Structure):
     _fields_ = [
         ("op", c_int32),
-        ("both", c_int32),
+        ("num_inputs", c_int32),
+        ("num_outputs", c_int32),
         ("inputs", _Place * 3),
         ("outputs", _Place * 2),
         ("number", c_double),
@@ -787,7 +788,12 @@ def _c_place(place: Place | None) -> _Place:
 
 
 def _c_operation(operation: Operation) -> _Operation:
-    made = _Operation(OPS.index(operation.op), len(operation.outputs) > 1, number=operation.number)
+    made = _Operation(
+        OPS.index(operation.op),
+        len(operation.inputs),
+        len(operation.outputs),
+        number=operation.number,
+    )
     for i, place in enumerate(operation.inputs):
         made.inputs[i] = _c_place(place)
     for i, place in enumerate(operation.outputs):

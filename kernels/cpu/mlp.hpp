@@ -227,6 +227,13 @@ struct MlpShape {
   int layers() const { return hidden_layers + 1; }
   int inputs(int layer) const { return layer == 0 ? dim : hidden[layer - 1]; }
   int outputs(int layer) const { return layer == hidden_layers ? dim : hidden[layer]; }
+
+  // Tensors, a weight and a bias of each layer, and numbers in one of them.
+  int parameters() const { return 2 * layers(); }
+  std::int64_t parameter_size(int parameter) const {
+    const int layer = parameter / 2, columns = inputs(layer) + (layer == 0 && time_dependent);
+    return std::int64_t(outputs(layer)) * (parameter % 2 ? 1 : columns);
+  }
 };
 
 // dy/dt = L_n(act(... act(L_1([t, y])))).
@@ -371,8 +378,7 @@ class Mlp {
 
   // --- gradients of the weights
 
-  // Number of tensors: a weight and a bias of each layer.
-  int parameters() const { return 2 * shape_.layers(); }
+  int parameters() const { return shape_.parameters(); }
 
   // Size of an accumulator of all weights' gradients.
   std::size_t gradient_size() const {

@@ -25,9 +25,9 @@ struct Place {
 
 struct Operation {
   Op op;
-  std::int32_t both;  // whether the second output is wanted: the slope that goes with the value
+  std::int32_t num_inputs, num_outputs;
   Place inputs[3];
-  Place outputs[2];
+  Place outputs[2];  // a second one: the slope that goes with the value
   double number;
 };
 
@@ -84,6 +84,12 @@ struct ProgramShape {
   const TensorShape* tensors;
   const Zeros* record_zeros;
   const Zeros* delta_zeros;
+
+  int parameters() const { return num_tensors; }
+  std::int64_t parameter_size(int parameter) const {
+    const TensorShape& tensor = tensors[parameter];
+    return std::int64_t(tensor.rows) * std::max(tensor.columns, 1);
+  }
 };
 
 static_assert(ProgramShape::kBlock >= kBlockOutputs);
@@ -187,7 +193,7 @@ class ProgramField {
 
   // --- gradients of the parameters
 
-  int parameters() const { return shape_.num_tensors; }
+  int parameters() const { return shape_.parameters(); }
 
   // Size of an accumulator of all parameters' gradients.
   std::size_t gradient_size() const {
@@ -292,29 +298,38 @@ class ProgramField {
     if (backwards_) negate(derivative, shape_.dim, vectors);
   }
 
+  // Of each space where it is, numbers between its rows or vectors, those between vectors of rows,
+  // and whether it goes on from one block to the next.
   struct Memory {
-    T* of[6];  // of each space
+    struct {
+      T* at;
+      std::ptrdiff_t row, vector;
+      std::int32_t goes_on;
+    } of[6];
     int vectors;
 
     // A place from the feature `first` of a block on.
     T* at(const Place& place, int first) const {
-      const int n = place.space == Space::lanes ? kLanes<T> : vectors * kLanes<T>;
-      const bool moves = place.moves && place.space != Space::local;
-      return of[int(place.space)] + (place.offset + (moves ? first : 0)) * n;
+      const auto& space = of[int(place.space)];
+      return space.at + (place.offset + (place.moves & space.goes_on) * first) * space.row;
     }
 
     View<T> view(const Place& place, int first) const {
-      const bool lanes = place.space == Space::lanes;
-      const int n = lanes ? kLanes<T> : vectors * kLanes<T>;
-      return {at(place, first), place.moves ? n : 0, lanes ? 0 : kLanes<T>};
+      const auto& space = of[int(place.space)];
+      return {at(place, first), place.moves * space.row, space.vector};
     }
   };
 
   // Schedules write the record in an evaluation only, the deltas in the product only.
   void run(int schedule, const T* record, T* out, const T* deltas, T* scratch, int vectors) const {
-    const Memory memory{{const_cast<T*>(record), out, const_cast<T*>(deltas), scratch,
-                         scratch + std::size_t(shape_.scratch_rows) * vectors * kLanes<T>,
-                         lanes_.get()},
+    constexpr int kWidth = kLanes<T>;
+    const std::ptrdiff_t n = vectors * kWidth;
+    const Memory memory{{{const_cast<T*>(record), n, kWidth, 1},
+                         {out, n, kWidth, 1},
+                         {const_cast<T*>(deltas), n, kWidth, 1},
+                         {scratch, n, kWidth, 1},
+                         {scratch + shape_.scratch_rows * n, n, kWidth, 0},
+                         {lanes_.get(), kWidth, 0, 1}},
                         vectors};
     const int begin = schedule == 0 ? 0 : shape_.end_group[schedule - 1];
     for (int g = begin; g < shape_.end_group[schedule]; ++g) {
@@ -350,12 +365,16 @@ class ProgramField {
     for (int s = group.first_operation; s < group.end_operation; ++s) {
       const Operation& operation = shape_.operations[s];
       View<T> in[3], out[2];
-      for (int i = 0; i < 3; ++i) in[i] = memory.view(operation.inputs[i], first);
-      for (int i = 0; i < 2; ++i) out[i] = memory.view(operation.outputs[i], first);
+      for (int i = 0; i < operation.num_inputs; ++i) {
+        in[i] = memory.view(operation.inputs[i], first);
+      }
+      for (int i = 0; i < operation.num_outputs; ++i) {
+        out[i] = memory.view(operation.outputs[i], first);
+      }
       if (operation.op == Op::total) {
         add_features(in[0], out[0].at, features, memory.vectors, first == 0);
       } else {
-        apply<T>(operation.op, in, out, operation.both, features, memory.vectors, T(operation.number));
+        apply<T>(operation.op, in, out, operation.num_outputs > 1, features, memory.vectors, T(operation.number));
       }
     }
   }

@@ -91,6 +91,7 @@ class Result(ctypes.Structure):
         ("row", c_int64),
         ("rows", c_int64),
         ("output", c_int64),
+        ("deviation", c_double),
     ]
 
     launches = 1
@@ -195,6 +196,9 @@ class Solve:
             times: Output times, increasing.
             grid: For fixed steps: where they begin and end.
             keep: Whether to keep checkpoints.
+            expected: dy/dt of the first rows of x at the first time, [some rows, dim], contiguous,
+                by other code and in that code's time. Where the field's own values differ from it
+                by more than rounding, there is no solve: the outcome is FIELD_DIFFERS.
 
         Returns:
             The solution [times, rows, dim], counts and outcome, and the checkpoints, None if not
@@ -203,7 +207,7 @@ class Solve:
         rows, n, m = x.shape[0], len(times), len(grid)
         out = x.new_empty((n, rows, self.dim))
         result = Result()
-        arguments = _packer(9 + self._tensors, n + m)(
+        arguments = _packer(11 + self._tensors, n + m)(
             self._address,
             rows,
             x.data_ptr(),
@@ -213,6 +217,8 @@ class Solve:
             ctypes.addressof(result),
             n,
             m,
+            0 if expected is None else expected.data_ptr(),
+            0 if expected is None else expected.shape[0],
             *[p.data_ptr() for p in parameters],
             *times,
             *grid,

@@ -50,13 +50,14 @@ CONSTANTS = {
     "kNonFinite": interface.NON_FINITE,
     "kNonFiniteInput": interface.NON_FINITE_INPUT,
     "kOutOfMemory": interface.OUT_OF_MEMORY,
+    "kFieldDiffers": interface.FIELD_DIFFERS,
     "kAbiVersion": library.ABI_VERSION,
     "ProgramShape::kBlock": lowering.BLOCK,
     "ProgramShape::kPadding": lowering.PADDING,
     **{f"Space::{name}": getattr(lowering, name.upper()) for name in SPACES},
     **{f"Op::{name}": i for i, name in enumerate(lowering.OPS)},
     # Words before the addresses and numbers in a block of arguments.
-    "sizeof(SolveArguments) / 8": 9,
+    "sizeof(SolveArguments) / 8": 11,
     "sizeof(DiscreteGradientArguments) / 8": 6,
 }
 
