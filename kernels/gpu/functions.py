@@ -19,7 +19,7 @@ _COS_RATIO = tl.constexpr((-1 / 2, 1 / 24, -1 / 720, 1 / 40320, -1 / 3628800))
 
 @triton.jit
 def exp(x):
-    """exp(x)."""
+    """The exponential function."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -32,20 +32,20 @@ def exp(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1."""
+    """The exponential function less 1."""
     near = activations._expm1(activations._at_most(x, 40.0))
     return tl.where(x > 40.0, exp(x), near)
 
 
 @triton.jit
 def log(x):
-    """log(x)."""
+    """The natural logarithm."""
     return tl.log(x.to(tl.float64)).to(x.dtype)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x)."""
+    """The logarithm of 1 + x."""
     wide = x.to(tl.float64)
     near = 1.0 + wide
     change = near - 1.0
@@ -75,7 +75,7 @@ def _sine(x, QUARTERS: tl.constexpr):
 
 @triton.jit
 def sin(x):
-    """sin(x); in float32 for |x| up to 1e9."""
+    """The sine; in float32 for |x| up to 1e9."""
     if x.dtype == tl.float64:
         return tl.sin(x)
     else:
@@ -84,7 +84,7 @@ def sin(x):
 
 @triton.jit
 def cos(x):
-    """cos(x); in float32 for |x| up to 1e9."""
+    """The cosine; in float32 for |x| up to 1e9."""
     if x.dtype == tl.float64:
         return tl.cos(x)
     else:
@@ -99,7 +99,7 @@ def sign(x):
 
 @triton.jit
 def elu(x, ALPHA: tl.constexpr):
-    """x where that is positive, else ALPHA * (exp(x) - 1)."""
+    """What is positive as it is, else ALPHA * (exp(x) - 1)."""
     below = activations._expm1(activations._at_most(x, 0.0)) * ALPHA
     return tl.where(x > 0.0, x, below)
 

@@ -743,9 +743,7 @@ class _Body:
             call = f"products.product({factor}, {weight}, {total}, F.precision)"
             self.line(f"{total} = {call}")
 
-    def _weight(
-        self, x: _Node, outputs: str, out_mask: str, inputs: str, in_mask: str
-    ) -> str:
+    def _weight(self, x: _Node, outputs: str, out_mask: str, inputs: str, in_mask: str) -> str:
         """Loads weights, [inputs, outputs]; where one of these is a number, a vector."""
         apart = self.graph.program.shapes[x.parameters[0]][1]
         is_block = not (outputs.isdigit() or inputs.isdigit())
