@@ -111,22 +111,16 @@ def elu_slope(x, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def integer_power(x, N: tl.constexpr):
-    """The power of x for an integer N."""
-    M: tl.constexpr = abs(N)
+def integer_power(x, N: tl.constexpr, BITS: tl.constexpr):
+    """The power of x for an integer N > 0 of so many bits."""
     wide = x
-    if M > 3:
+    if N > 3:  # each product rounds
         wide = x.to(tl.float64)
-    y = tl.full(wide.shape, 1.0, wide.dtype)
-    if M > 0:
-        y = wide
-        # From the second bit of M on, downwards.
-        for i in tl.static_range(M.bit_length() - 2, -1, -1):
-            y = y * y
-            if (M >> i) & 1 == 1:
-                y = y * wide
-    if N < 0:
-        y = 1.0 / y
+    y = wide
+    for i in tl.static_range(BITS - 2, -1, -1):
+        y = y * y
+        if (N >> i) & 1 == 1:
+            y = y * wide
     return y.to(x.dtype)
 
 

@@ -824,8 +824,12 @@ def _masked(mask: str) -> str:
 def _power(name: str, number: float) -> str:
     if number == 0.5:
         return f"tl.sqrt({name})"
+    if number == 0:
+        return f"tl.full({name}.shape, 1.0, T)"
     if number == int(number) and abs(number) <= 64:
-        return f"functions.integer_power({name}, {int(number)})"
+        n = abs(int(number))
+        text = f"functions.integer_power({name}, {n}, {n.bit_length()})"
+        return text if number > 0 else f"1.0 / {text}"
     return f"functions.power({name}, tl.full([1, 1], {number!r}, tl.float64))"
 
 
