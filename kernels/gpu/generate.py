@@ -740,7 +740,7 @@ class _Body:
             self.line(f"{total} += tl.sum({factor} * {weight}[None, :], 1)[:, None]")
         else:
             weight = self._new(weight, "w")
-            call = f"products.product({factor}, {weight}, {total}, F.precision)"
+            call = f"products.product({factor}, {weight}, {total}, PRECISION)"
             self.line(f"{total} = {call}")
 
     def _weight(self, x: _Node, outputs: str, out_mask: str, inputs: str, in_mask: str) -> str:
@@ -855,6 +855,9 @@ def evaluate(weights, record, t, y, F: tl.constexpr, B: tl.constexpr, KEEP: tl.c
         return _evaluate(weights, record, t, y, F, B)"""
 
 
+_PRECISION = "    PRECISION: tl.constexpr = F.precision"  # Triton 3.6 takes no attribute for it
+
+
 def _state(graph: _Graph, v: int, name: str) -> tuple[list[str], _Tile]:
     """Statements that make of an argument, a tile of the state, the value; and the value."""
     if graph.nodes[v].width > 1:
@@ -876,6 +879,7 @@ def _evaluation(graph: _Graph, layout: _Layout, N: int, K: int, keep: bool) -> s
             "@triton.jit",
             f"def {name}(weights, record, t, y, F: tl.constexpr, B: tl.constexpr):",
             "    T: tl.constexpr = y.dtype",
+            _PRECISION,
             "    r = tl.arange(0, B)[:, None]",
             "    time = t + tl.zeros([B, 1], T)",
             *lines,
@@ -898,6 +902,7 @@ def _product(graph: _Graph, layout: _Layout, N: int, K: int) -> str:
             "@triton.jit",
             "def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):",
             "    T: tl.constexpr = cotangent.dtype",
+            _PRECISION,
             "    r = tl.arange(0, B)[:, None]",
             *lines,
             *body.finished(),
@@ -910,6 +915,7 @@ def _time_gradient(graph: _Graph, layout: _Layout, N: int, K: int) -> str:
         "@triton.jit",
         "def time_gradient(weights, record, F: tl.constexpr, B: tl.constexpr):",
         "    T: tl.constexpr = record.dtype.element_ty",
+        _PRECISION,
         "    r = tl.arange(0, B)[:, None]",
     ]
     if graph.time is None:
@@ -928,6 +934,7 @@ def _accumulation(graph: _Graph, layout: _Layout) -> str:
         "    F: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr,",
         "):",
         "    T: tl.constexpr = sums.dtype.element_ty",
+        _PRECISION,
         "    r = tl.arange(0, B)[:, None]",
         "    inside = r < rows",
     ]
@@ -1000,6 +1007,6 @@ def _matrix_sum(
         "                record = records + i * SIZE",
         f"                x = {_block(graph, layout, left, 'a')} * tl.load(weight_ptr + i)",
         f"                y = {_block(graph, layout, right, 'b')}",
-        "                total = products.product(tl.trans(x), y, total, F.precision)",
+        "                total = products.product(tl.trans(x), y, total, PRECISION)",
         "            tl.store(place, total, mask=mask)",
     ]
