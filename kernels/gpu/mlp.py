@@ -245,8 +245,9 @@ def time_gradient(weights, record, F: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    sums, records, weight_ptr, first, last, F: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr
-):
+    sums, records, weight_ptr, first, last, rows,
+    F: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """Adds the weight gradients of some evaluations.
 
     Args:
@@ -254,6 +255,8 @@ def accumulate(
         records: The evaluations' records, one after another, after `vjp`.
         weight_ptr: The evaluations' weights.
         first, last: Which evaluations: first <= i < last.
+        rows: Of the tile that are in the batch; not needed, as the cotangents of the others are 0
+            and these fields finite.
         F, B: As for `evaluate`.
         SIZE: Numbers in a record.
     """

@@ -35,3 +35,12 @@ def product(a, b, total, F: tl.constexpr):
         a = nearest_tf32(a)
         b = nearest_tf32(b)
     return tl.dot(a, b, total, input_precision=F.precision, out_dtype=a.dtype)
+
+
+@triton.jit
+def product_in(a, b, total, PRECISION: tl.constexpr):
+    """The same for a field that has no constants: PRECISION is "ieee", "tf32x3" or "tf32"."""
+    if PRECISION == "tf32":
+        a = nearest_tf32(a)
+        b = nearest_tf32(b)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=a.dtype)
