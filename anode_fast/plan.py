@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anode_fast import convolution, fused, steps
+from anode_fast import any_field, convolution, fused, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
 from anode_fast.fields import ConvField, MLPField
@@ -102,12 +102,16 @@ def choose(
             'odeint: gradient="continuous" needs step_control="batch". Use gradient="discrete".'
         )
     wanted = "continuous" if gradient == "auto" and has_adjoint_options else gradient
-    chosen, why = _choose_backend(problem, backend, wanted, by_row, backward, params)
+    of_reference = wanted
+    if wanted == "auto":
+        of_reference, *_ = _automatic(problem, is_adjoint, has_adjoint_options, by_row, False)
+    chosen, why = _choose_backend(problem, backend, wanted, of_reference, by_row, backward, params)
     if chosen == "reference" and backend != "reference":
         why = (*why, "steps: " + _how_steps(problem, by_row))
     keep_steps = True
     if gradient == "auto":
-        is_native = chosen == "triton" or (chosen == "cpu" and not _is_conv(problem))
+        is_known = type(problem.original) in FIELDS
+        is_native = (chosen == "triton" and is_known) or (chosen == "cpu" and not _is_conv(problem))
         automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, is_native)
         gradient, keep_steps, reason = automatic
         why = (*why, "gradient: " + reason)
@@ -120,11 +124,12 @@ def _choose_backend(
     problem: Problem,
     backend: str,
     gradient: str,
+    of_reference: str,
     by_row: bool,
     backward: AdjointOptions,
     params: Sequence[Tensor] | None,
 ) -> tuple[str, tuple[str, ...]]:
-    """The backend, and why."""
+    """The backend, and why. `of_reference`: the gradient there if none is named."""
     if backend == "reference":
         return "reference", ("backend: asked for",)
     field = problem.original
@@ -140,6 +145,9 @@ def _choose_backend(
         if name == "cpu" and isinstance(spec, ConvSpec):
             # The solver is the reference's, which can do everything.
             reasons[name] = convolution.why_not(field, problem.y0)
+            continue
+        if name == "triton" and spec is None:
+            reasons[name] = _why_not_any_field(problem, backend, of_reference, by_row)
             continue
         why = fused.why_not(name, problem, spec, tensors)
         if not why and gradient == "autograd":
@@ -157,6 +165,11 @@ def _choose_backend(
     chosen = [name for name in reasons if not reasons[name] and backend in ("auto", name)]
     if not chosen:
         return "reference", tuple(f"backend: not {name}: {why}" for name, why in reasons.items())
+    if chosen[0] == "triton" and spec is None:
+        return "triton", (
+            "backend: PyTorch evaluates the field, the Triton kernels make the steps, launch by "
+            "launch, and choose their sizes on the device",
+        )
     if chosen[0] == "triton" and spec is not None:
         how = fused.described(problem, spec, by_row)
         return "triton", (f"backend: the Triton kernels run the whole solve: {how}",)
@@ -165,6 +178,18 @@ def _choose_backend(
             "backend: the C++ kernels evaluate the field, PyTorch operations make the steps",
         )
     return "cpu", ("backend: the C++ kernels run the whole solve in one call",)
+
+
+def _why_not_any_field(problem: Problem, backend: str, gradient: str, by_row: bool) -> str:
+    """Why the Triton kernels cannot make the steps of a field that PyTorch evaluates."""
+    if by_row:
+        return "every row takes its own steps"
+    if gradient == "autograd" and torch.is_grad_enabled():
+        return (
+            'gradient="autograd" goes through the reference solver\'s operations; use '
+            'gradient="discrete", odeint_adjoint or torch.no_grad()'
+        )
+    return any_field.why_not(problem)
 
 
 def _how_steps(problem: Problem, by_row: bool) -> str:
