@@ -244,6 +244,11 @@ def has_hooks(func: Any) -> bool:
     )
 
 
+def has_callbacks(func: Callable[..., Any]) -> bool:
+    """Whether the user's field wants to be told of steps."""
+    return any(hasattr(func, name) for name in _CALLBACKS)
+
+
 def name_of(func: Callable[..., Any]) -> str:
     """What a field is called in a message."""
     name = type(func).__name__ if isinstance(func, nn.Module) else getattr(func, "__name__", "")
@@ -306,24 +311,9 @@ def prepare(
     """
     options = problem.options
     fixed = problem.family == FIXED
-    tableau = TABLEAUS[problem.method]
-    given = {
-        name: options[name]
-        for name in ("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step")
-        if name in options
-    }
+    method, settings = settings_of(problem, by_row)
     solve = _maker(backend, spec)(
-        field_of(spec),
-        _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau),
-        problem.y0.dtype,
-        control=interface.FIXED if fixed else interface.SAMPLE if by_row else interface.BATCH,
-        backwards=problem.backwards,
-        float_time=options.get("dtype") == torch.float32 and problem.y0.dtype == torch.float32,
-        data_dim=data_dim,
-        rtol=problem.rtol,
-        atol=problem.atol,
-        max_num_steps=min(int(options.get("max_num_steps", DEFAULT_MAX_STEPS)), 2**63 - 1),
-        **{"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2, "max_step": float("inf"), **given},
+        *(field_of(spec), method, problem.y0.dtype), data_dim=data_dim, **settings
     )
     native = Native(
         backend,
@@ -352,6 +342,28 @@ def prepare(
     seminorm = backward.options.get("norm") == "seminorm"
     adjoint = prepare(backend, adjoint_problem, spec, data_dim)
     return dataclasses.replace(native, adjoint=adjoint, seminorm=seminorm)
+
+
+def settings_of(problem: Problem, by_row: bool = False) -> tuple[interface.Method, dict[str, Any]]:
+    """Method and options of a problem as kernels take them."""
+    options = problem.options
+    fixed = problem.family == FIXED
+    tableau = TABLEAUS[problem.method]
+    settings: dict[str, Any] = {"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2}
+    settings["max_step"] = float("inf")
+    for name in ("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step"):
+        if name in options:
+            settings[name] = options[name]
+    method = _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau)
+    return method, dict(
+        control=interface.FIXED if fixed else interface.SAMPLE if by_row else interface.BATCH,
+        backwards=problem.backwards,
+        float_time=options.get("dtype") == torch.float32 and problem.y0.dtype == torch.float32,
+        rtol=problem.rtol,
+        atol=problem.atol,
+        max_num_steps=min(int(options.get("max_num_steps", DEFAULT_MAX_STEPS)), 2**63 - 1),
+        **settings,
+    )
 
 
 def described(problem: Problem, spec: Spec, by_row: bool) -> str:
@@ -551,7 +563,7 @@ class Call:
         if result.status:
             if result.status <= Status.NON_FINITE:
                 stats.status = Status(result.status)
-            raise _failure(self.problem(x), self.native, result, solution)
+            raise failure(self.problem(x), self.native.by_row, result, solution)
         self.checkpoints = checkpoints
         return solution
 
@@ -631,15 +643,15 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
 
 
-def _failure(problem: Problem, native: Native, result: Any, solution: Tensor) -> Exception:
+def failure(problem: Problem, by_row: bool, result: Any, solution: Tensor) -> Exception:
     """The error that the reference path raises where the kernels stopped."""
     status = result.status
     if status == interface.OUT_OF_MEMORY:
         return MemoryError("anode_fast: no memory for the solve")
-    if native.fixed:
+    if problem.family == FIXED:
         return problem.non_finite_output(result.output)
     budget = int(problem.options.get("max_num_steps", DEFAULT_MAX_STEPS))
-    if native.by_row:
+    if by_row:
         if status == Status.MAX_STEPS:
             return failures.max_steps_of_rows(problem, budget, result.rows, result.t)
         finite = status == Status.UNDERFLOW

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from anode_fast import adjoint, fused, reference, steps
+from anode_fast import adjoint, any_field, fused, reference, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.convolution import NativeConvField
 from anode_fast.errors import InvalidArgument, InvalidType
@@ -753,7 +753,7 @@ def _run(
     params: list[Tensor] | None,
     backward: AdjointOptions,
 ) -> tuple[Any, SolveStats]:
-    """Carries out a plan on the reference path."""
+    """Carries out a plan for a field that no kernel evaluates."""
     stats = SolveStats(backend=plan.backend, method=problem.method)
     event_time: float | None = None
     if plan.gradient == "autograd" or not torch.is_grad_enabled():
@@ -774,7 +774,14 @@ def _solve(
     if problem.event_fn is not None:
         event_time, solution = reference.solve_event(problem, stats, f0=f0)
         return solution, event_time
-    return reference.solve(problem, stats, f0=f0, by_row=plan.by_row), None
+    return _solver(plan)(problem, stats, f0=f0), None
+
+
+def _solver(plan: Plan) -> adjoint.Solver:
+    """What solves a problem of the plan's."""
+    if plan.backend == "triton":
+        return any_field.solve
+    return functools.partial(reference.solve, by_row=True) if plan.by_row else reference.solve
 
 
 def _solve_with_gradient(
@@ -804,7 +811,7 @@ def _solve_with_gradient(
     call: adjoint.DiscreteCall | adjoint.ContinuousCall
     shared = dict(
         problem=problem,
-        solve=functools.partial(reference.solve, by_row=True) if plan.by_row else reference.solve,
+        solve=_solver(plan),
         start=first_derivative,
         stats=stats,
         f0=f0,

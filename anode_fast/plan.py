@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anode_fast import convolution, fused, steps
+from anode_fast import any_field, convolution, fused, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
 from anode_fast.fields import ConvField, MLPField
@@ -32,6 +32,10 @@ FIELDS = (MLPField, ConvField)
 """What the kernels know. Of a subclass they do not know what it does."""
 
 _NO_GPU = "the state is not on a GPU"
+_ANY_FIELD = (
+    "backend: PyTorch evaluates the field, the Triton kernels make the steps, launch by launch, and "
+    "choose their sizes on the device"
+)
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,17 @@ def choose(
             'odeint: gradient="continuous" needs step_control="batch". Use gradient="discrete".'
         )
     wanted = "continuous" if gradient == "auto" and has_adjoint_options else gradient
+    of_reference = wanted
+    if wanted == "auto":
+        of_reference, *_ = _automatic(problem, is_adjoint, has_adjoint_options, by_row, False)
     chosen, spec, why = _choose_backend(
-        problem, field, unknown, backend, wanted, by_row, backward, params
+        problem, field, unknown, backend, wanted, of_reference, by_row, backward, params
     )
     if chosen == "reference" and backend != "reference":
         why = (*why, "steps: " + _how_steps(problem, by_row))
     keep_steps = True
     if gradient == "auto":
-        is_native = chosen == "triton" or (chosen == "cpu" and not isinstance(spec, ConvSpec))
+        is_native = spec is not None and not (chosen == "cpu" and isinstance(spec, ConvSpec))
         automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, is_native)
         gradient, keep_steps, reason = automatic
         why = (*why, "gradient: " + reason)
@@ -132,11 +139,12 @@ def _choose_backend(
     unknown: str,
     backend: str,
     gradient: str,
+    of_reference: str,
     by_row: bool,
     backward: AdjointOptions,
     params: Sequence[Tensor] | None,
 ) -> tuple[str, Spec | None, tuple[str, ...]]:
-    """The backend, what it runs, and why."""
+    """The backend, what it runs, and why. `of_reference`: the gradient there if none is named."""
     if backend == "reference":
         return "reference", None, ("backend: asked for",)
     specs: tuple[Spec, ...] = ()
@@ -156,6 +164,11 @@ def _choose_backend(
             if not why and backend in ("auto", name):
                 return name, spec, (_how(name, problem, spec, by_row),)
             reasons[name] = why
+        if name == "triton" and backend in ("auto", name) and not isinstance(field, FIELDS):
+            why = _why_not_any_field(problem, backend, of_reference, by_row)
+            if not why:
+                return "triton", None, (_ANY_FIELD, f"backend: not in one call: {reasons[name]}")
+            reasons[name] = f"{reasons[name]}; and {why}" if reasons[name] else why
     if backend != "auto":
         raise InvalidArgument(
             f'odeint: backend="{backend}" cannot run this call: {reasons[backend]}. Use '
@@ -206,6 +219,18 @@ def _how(backend: str, problem: Problem, spec: Spec, by_row: bool) -> str:
     if isinstance(spec, ConvSpec):
         return "backend: the C++ kernels evaluate the field, PyTorch operations make the steps"
     return "backend: the C++ kernels run the whole solve in one call"
+
+
+def _why_not_any_field(problem: Problem, backend: str, gradient: str, by_row: bool) -> str:
+    """Why the Triton kernels cannot make the steps of a field that PyTorch evaluates."""
+    if by_row:
+        return "every row takes its own steps"
+    if gradient == "autograd" and torch.is_grad_enabled():
+        return (
+            'gradient="autograd" goes through the reference solver\'s operations; use '
+            'gradient="discrete", odeint_adjoint or torch.no_grad()'
+        )
+    return any_field.why_not(problem)
 
 
 def _how_steps(problem: Problem, by_row: bool) -> str:

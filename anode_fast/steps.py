@@ -171,10 +171,11 @@ class NativeArithmetic:
         )
         ks = [_plain(k) for k in ks]
         addresses = [k.data_ptr() for k in ks]
-        return self.native.error_ratio(
+        ratio: float = self.native.error_ratio(
             *(_plain(y0), _plain(y1), addresses, _numbers(tuple(weights)), h),
             *((rtol, atol), _ends(sizes)),
         )
+        return ratio
 
     def _combined(self, y: Tensor, ks: Sequence[Tensor], weights: Numbers, h: float) -> Tensor:
         """Returns y + h * sum_j weights[j] * ks[j], differentiable if it has to be."""

@@ -190,11 +190,11 @@ class VectorField:
     ) -> Tensor:
         if version is not None and state._version != version and not self._writes_input:
             self._note_write(first)
-        value = self._check(value, y)
+        checked = self._check(value, y)
         self._settled = self.nfe > 1 and not (
             self._casts or self._writes_input or self._reuses_output or self._needs_grad
         )
-        return -value if self.backwards else value
+        return -checked if self.backwards else checked
 
     def user_time(self, t: float) -> float:
         """The user's time at solver time t."""

@@ -23,6 +23,7 @@ ORDER = """
     anode_fast.recognize.surroundings
     anode_fast.convolution
     anode_fast.steps
+    anode_fast.any_field
     anode_fast.fields
     anode_fast.fused
     anode_fast.kernels
@@ -30,6 +31,7 @@ ORDER = """
     anode_fast.kernels.gpu.aot
     anode_fast.kernels.gpu.solve
     anode_fast.kernels.gpu.by_stage
+    anode_fast.kernels.gpu.any_field
     anode_fast.kernels.gpu.launch
     anode_fast.kernels.gpu.host
     anode_fast.kernels.gpu.reverse

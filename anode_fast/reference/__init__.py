@@ -188,6 +188,7 @@ __all__ = [
     "DenseSolution",
     "dense",
     "first_derivative",
+    "grid_recipe",
     "solve",
     "solve_event",
 ]
