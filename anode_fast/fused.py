@@ -188,7 +188,7 @@ def casts(field: Field, x: Tensor) -> bool:
         field: The field.
         x: The state, or its data columns.
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return False
     return field.tensors()[0].dtype in (torch.float32, torch.float64)
 
