@@ -94,8 +94,7 @@ class MLPField(nn.Module):
             tensors: Like what `tensors()` returns.
             t, y: As in `forward`.
         """
-        # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
-        self.__dict__["nfe"] += 1
+        self.count(1)
         act = _FUNCTIONS[self.activation]
         weight, bias = tensors[:2]
         if y.shape[-1:] != (self.dim,) or y.dim() > 2:
@@ -116,6 +115,11 @@ class MLPField(nn.Module):
             h = F.linear(act(h), weight, bias)
         return h
 
+    def count(self, evaluations: int) -> None:
+        """Notes evaluations."""
+        # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
+        self.__dict__["nfe"] += evaluations
+
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every layer, first to last."""
         found: list[Tensor] = []
@@ -133,6 +137,10 @@ class MLPField(nn.Module):
         """The field as plain data."""
         hidden = (self.hidden_dim,) * self.num_hidden
         return MLPSpec(self.dim, hidden, self.activation, self.time_dependent)
+
+    def signature(self) -> tuple[object, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return (self.dim, self.hidden_dim, self.num_hidden, self.activation, self.time_dependent)
 
     def extra_repr(self) -> str:
         """For `repr`."""
@@ -202,20 +210,17 @@ class ConvField(nn.Module):
             tensors: Like what `tensors()` returns.
             t, y: As in `forward`.
         """
-        self.__dict__["nfe"] += 1  # as in MLPField
-        act = _FUNCTIONS[self.activation]
-        w1, b1, w2, b2, w3, b3 = tensors
+        self.count(1)
         if y.dim() != 4 or y.shape[1] != self.channels:
             _refuse_state("ConvField", y, f"(batch, {self.channels}, height, width)")
-        _check_dtype("ConvField", y, w1)
-        if not self.time_dependent:
-            h = act(F.conv2d(y, w1, b1))
-            h = act(F.conv2d(h, w2, b2, padding=1))
-            return F.conv2d(h, w3, b3)
-        _check_time("ConvField", t, y)
-        h = act(_conv1x1(w1, b1, t, y))
-        h = act(_conv3x3(w2, b2, t, h))
-        return _conv1x1(w3, b3, t, h)
+        _check_dtype("ConvField", y, tensors[0])
+        if self.time_dependent:
+            _check_time("ConvField", t, y)
+        return evaluate_convolutions(self.spec(), tensors, t, y)
+
+    def count(self, evaluations: int) -> None:
+        """Notes evaluations."""
+        self.__dict__["nfe"] += evaluations
 
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every convolution, first to last."""
@@ -226,9 +231,38 @@ class ConvField(nn.Module):
         """The field as plain data."""
         return ConvSpec(self.channels, self.num_filters, self.activation, self.time_dependent)
 
+    def signature(self) -> tuple[object, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return (self.channels, self.num_filters, self.activation, self.time_dependent)
+
     def extra_repr(self) -> str:
         """For `repr`."""
         return f"activation={self.activation!r}, time_dependent={self.time_dependent}"
+
+
+def evaluate_convolutions(
+    spec: ConvSpec, tensors: Sequence[Tensor], t: Tensor, y: Tensor
+) -> Tensor:
+    """dy/dt of a field like this, by PyTorch's operations. Differentiable.
+
+    Args:
+        spec: The field.
+        tensors: Weight and bias of every convolution, first to last.
+        t: Time, 0-d, or one per image, [batch, 1, 1, 1].
+        y: State, [batch, channels, height, width].
+
+    Returns:
+        Like y.
+    """
+    act = _FUNCTIONS[spec.activation]
+    w1, b1, w2, b2, w3, b3 = tensors
+    if not spec.time_dependent:
+        h = act(F.conv2d(y, w1, b1))
+        h = act(F.conv2d(h, w2, b2, padding=1))
+        return F.conv2d(h, w3, b3)
+    h = act(_conv1x1(w1, b1, t, y))
+    h = act(_conv3x3(w2, b2, t, h))
+    return _conv1x1(w3, b3, t, h)
 
 
 def _split(weight: Tensor) -> tuple[Tensor, Tensor]:

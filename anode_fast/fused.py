@@ -26,6 +26,7 @@ from anode_fast.errors import NonFiniteState
 from anode_fast.kernels import gpu, interface
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
+from anode_fast.kernels.program import Program
 from anode_fast.problem import (
     ADAPTIVE,
     DEFAULT_MAX_STEPS,
@@ -36,7 +37,7 @@ from anode_fast.problem import (
     rms_norm,
     step_grid,
 )
-from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec
+from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec, Spec
 from anode_fast.stats import DeviceStats, SolveStats, Status
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 
@@ -48,38 +49,41 @@ _CALLBACKS = frozenset(
 )
 
 
-Spec = MLPSpec | ConvSpec
-
-
 class Field(Protocol):
-    """What this module needs of an MLPField or a ConvField."""
+    """What this module needs of an MLPField, a ConvField or a `Recognized` callable."""
 
     def tensors(self) -> list[Tensor]:
-        """Weight and bias of every layer, first to last."""
+        """Its weights and biases, in the spec's order."""
         ...
 
-    def spec(self) -> Spec:
-        """The field as plain data."""
+    def signature(self) -> tuple[Any, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        ...
+
+    def count(self, evaluations: int) -> None:
+        """Notes evaluations of it."""
+        ...
+
+    def evaluate(self, tensors: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt with these tensors, differentiable."""
 
 
 # --- what the kernels can run ---------------------------------------------------------------------
 
 
-def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Sequence[Any]) -> str:
+def why_not(backend: str, problem: Problem, spec: Spec, parameters: Sequence[Any]) -> str:
     """Why a backend's kernels cannot run this problem; "" if they can.
 
     Args:
         backend: "cpu" or "triton".
         problem: The call in normal form.
-        spec: Of the field, None if it has none.
-        parameters: The field's weights and biases.
+        spec: Of the field.
+        parameters: The field's tensors.
     """
     func, options, y0 = problem.original, problem.options, problem.y0
     absent = library.missing() if backend == "cpu" else gpu.missing()
     if absent:
         return str(absent)
-    if spec is None:
-        return f"the field is {name_of(func)}, and the kernels know MLPField and ConvField only"
     if problem.family not in (FIXED, ADAPTIVE):
         return f"{problem.method} is no explicit Runge-Kutta method"
     if problem.event_fn is not None:
@@ -112,7 +116,7 @@ def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Seque
         return "it has the option perturb"
     if has_callbacks(func):
         return "the field has callbacks"
-    if has_hooks(func):
+    if isinstance(func, nn.Module) and has_hooks(func):
         return "the field has hooks or a forward of its own, which would not run"
     return _why_not_field(backend, spec, y0) or why_not_now(y0.device.type)
 
@@ -126,7 +130,9 @@ def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
         return f"the state is on {y0.device}, want the CPU"
     if isinstance(spec, ConvSpec):
         return "the C++ solver knows MLPField only"
-    if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
+    if isinstance(spec, Program):
+        return "programs are not there yet"
+    if isinstance(spec, MLPSpec) and len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return ""
 
@@ -206,6 +212,9 @@ def _width(spec: Spec) -> int:
 @functools.lru_cache(maxsize=256)
 def shapes_of(spec: Spec) -> tuple[tuple[int, ...], ...]:
     """Of weight and bias of every layer."""
+    if isinstance(spec, Program):
+        shapes: tuple[tuple[int, ...], ...] = spec.shapes
+        return shapes
     if isinstance(spec, ConvSpec):
         C, K, T = spec.channels, spec.num_filters, int(spec.time_dependent)
         layers = (K, T + C, 1, 1), (K, T + K, 3, 3), (C, T + K, 1, 1)
@@ -362,8 +371,10 @@ def _maker(backend: str, spec: Spec) -> Callable[..., Any]:
     return make
 
 
-def field_of(spec: Spec) -> interface.Field | interface.ConvField:
+def field_of(spec: Spec) -> interface.Field | interface.ConvField | Program:
     """The field in numbers."""
+    if isinstance(spec, Program):
+        return spec
     number = ACTIVATIONS.index(spec.activation)
     if isinstance(spec, ConvSpec):
         shape = spec.channels, spec.num_filters
@@ -409,12 +420,6 @@ def _fixed_method(tableau: ButcherTableau, interp: str) -> interface.Method:
 
 # --- remembered calls -----------------------------------------------------------------------------
 
-_SIZES = (
-    *("dim", "hidden_dim", "num_hidden", "channels", "num_filters"),
-    *("activation", "time_dependent"),
-)
-"""Attributes of a field that make its spec."""
-
 _remembered: dict[tuple[Any, ...], Native] = {}
 _MOST_REMEMBERED = 1024
 
@@ -433,18 +438,18 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     """Whether a call like this one was remembered; None for a call that cannot be.
 
     Args:
-        field: An MLPField or a ConvField, not of a subclass.
+        field: An MLPField or a ConvField, not of a subclass, or a `Recognized` callable.
         x: The state, or its data columns.
         t: Times.
         key: What else tells calls apart.
     """
     if type(x) is not Tensor or type(t) is not Tensor or t.requires_grad or t.dim() != 1:
         return None
-    members = field.__dict__
-    if x.dim() not in (2, 4) or not _CALLBACKS.isdisjoint(members):
+    if x.dim() not in (2, 4) or why_not_now(x.device.type):
         return None
-    if has_hooks(field) or why_not_now(x.device.type):
-        return None
+    if isinstance(field, nn.Module):
+        if not _CALLBACKS.isdisjoint(field.__dict__) or has_hooks(field):
+            return None
     times = t.tolist()
     backwards = times[0] > times[-1] if times else False
     if backwards:
@@ -459,7 +464,7 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
             return None
     settings = (
         *key,
-        *[members.get(name) for name in _SIZES],
+        *field.signature(),
         *(dtype, device, x.shape[1], x.dim(), t.dtype, backwards),
         *[tensor.shape for tensor in tensors],
     )
@@ -487,11 +492,12 @@ class Call:
 
     Attributes:
         native: What runs it.
-        field: The field. Its evaluations are counted in `nfe`.
+        field: The field, which counts its evaluations.
         times: Output times, increasing solver time.
         grid: Grid of fixed steps; if empty it is made from the times.
         problem: Makes the problem in normal form from x, for errors; for second derivatives from
             x, the field's tensors and the user's times as they were.
+        expected: What the field's own code gives at the start, for some of the first rows.
         stats: The counts.
         checkpoints: Of the forward solve.
         later: Of a captured one: what finds its outcome.
@@ -502,6 +508,7 @@ class Call:
     times: list[float]
     grid: Sequence[float]
     problem: Callable[..., Problem]
+    expected: Tensor | None = None
     stats: SolveStats = dataclasses.field(default_factory=SolveStats)
     checkpoints: Any = None
     later: Any = None
@@ -525,9 +532,10 @@ class Call:
             x = dense(x)
         parameters = [dense(p) for p in parameters]
         solution, result, checkpoints = self.native.solve.forward(
-            x, parameters, self.times, self.grid, keep
+            x, parameters, self.times, self.grid, keep, self.expected
         )
-        self.field.__dict__["nfe"] += result.nfe
+        self.expected = None  # the gradient may solve once more
+        self.field.count(result.nfe)
         stats = self.stats
         if result.later:  # in a CUDA graph, which may run any number of times
             stats = self.stats = DeviceStats(later=functools.partial(_counts, result.later))
@@ -535,6 +543,8 @@ class Call:
         stats.backend, stats.method = self.native.backend, self.native.method
         stats.nfe, stats.accepted, stats.rejected = result.nfe, result.accepted, result.rejected
         stats.launches += result.launches
+        if result.status == interface.FIELD_DIFFERS:
+            raise FieldDiffers
         if result.status:
             if result.status <= Status.NON_FINITE:
                 stats.status = Status(result.status)
@@ -577,7 +587,7 @@ class Call:
         self.stats.launches += result.launches
         if result.later and isinstance(self.stats, DeviceStats):
             self.stats.later = functools.partial(_counts, self.later, result.later)
-        self.field.__dict__["nfe"] += result.nfe
+        self.field.count(result.nfe)
         if result.status:
             raise _adjoint_failure(self.problem(x), result)
         found = [g if need else None for g, need in zip(grads, wanted, strict=False)]
@@ -659,6 +669,10 @@ def _adjoint_failure(problem: Problem, result: Any) -> Exception:
     return failures.non_finite(problem, t, dt, accepted + rejected, problem.y0)
 
 
+class FieldDiffers(Exception):
+    """The kernels' field is not the user's own code at the start of a solve."""
+
+
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -690,14 +704,14 @@ def _differentiable_gradient(
     call: Call, grad: Tensor, x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradient by autograd through the reference solver: it can be differentiated again."""
-    before = call.field.__dict__["nfe"]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Aliases: an input may be made of another one, or be the same tensor twice.
         x, *parameters = (p.view_as(p) for p in (x, *parameters))
         problem = call.problem(x, parameters, call.user_times())
-        solution = reference.solve(problem, SolveStats(), by_row=call.native.by_row)
-        call.stats.nfe_backward = call.field.__dict__["nfe"] - before
+        stats = SolveStats()
+        solution = reference.solve(problem, stats, by_row=call.native.by_row)
+        call.stats.nfe_backward = stats.nfe
         return gradients_of(solution, (x, *parameters), grad, needs, create_graph)
 
 

@@ -20,6 +20,8 @@ from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import ConvField, MLPField
 from anode_fast.plan import FIELDS, Plan, choose, describe
 from anode_fast.problem import (
+    ADAPTIVE,
+    FAMILIES,
     FIXED,
     OPTIONS,
     SCIPY,
@@ -27,6 +29,7 @@ from anode_fast.problem import (
     State,
     make_problem,
 )
+from anode_fast.recognize import Recognized, recognize, refuse
 from anode_fast.spec import ConvSpec
 from anode_fast.stats import GraphStats, SolveStats
 
@@ -249,8 +252,20 @@ class Settings:
             *(self.backend, self.step_control, self.gradient, of_adjoint),
         )
 
-    def plan(self, problem: Problem, backward: AdjointOptions) -> Plan:
-        """How the call will be carried out. `backward`: how the adjoint ODE would be solved."""
+    def plan(
+        self,
+        problem: Problem,
+        backward: AdjointOptions,
+        field: MLPField | ConvField | Recognized | None,
+        unknown: str,
+    ) -> Plan:
+        """How the call will be carried out.
+
+        Args:
+            problem: In normal form.
+            backward: How the adjoint ODE would be solved.
+            field, unknown: The field as the kernels know it, or why they do not.
+        """
         given = self.adjoint or AdjointArguments()
         return choose(
             problem,
@@ -261,6 +276,8 @@ class Settings:
             is_adjoint=self.adjoint is not None,
             has_adjoint_options=given.has_options,
             params=given.params,
+            field=field,
+            unknown=unknown,
         )
 
     def backward(self, problem: Problem) -> AdjointOptions:
@@ -307,6 +324,75 @@ def solve(
         if torch.compiler.is_dynamo_compiling():
             outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
             return outside
+    if known is not None:
+        return _solve_known(known, "", func, x, t, settings, columns)
+    field, why = _recognized(func, x, t, settings, columns)
+    if field is None or not isinstance(x, Tensor):
+        return _solve_known(None, why, func, x, t, settings, columns)
+    try:
+        if x.dim() in (2, 4):
+            return _solve_known(field, "", func, x, t, settings, columns)
+        # The kernels' state is [rows, dim].
+        rows, on_rows = x.reshape(-1, x.shape[-1]), _OnRows(func, x.shape)
+        solution, stats = _solve_known(field, "", on_rows, rows, t, settings, columns)
+        return solution.reshape(-1, *x.shape), stats
+    except fused.FieldDiffers:
+        why = "the field's value is not that of the operations in its trace"
+        refuse(func, why)
+        return _solve_known(None, why, func, x, t, settings, columns)
+
+
+class _OnRows:
+    """A field of [rows, dim] that is the user's of another shape."""
+
+    def __init__(self, func: Field, shape: torch.Size) -> None:
+        self.func, self.shape = func, shape
+
+    def __call__(self, t: Tensor, y: Tensor) -> Any:
+        few = (-1, *self.shape[1:]) if len(self.shape) > 1 else self.shape
+        value = self.func(t, y.reshape(few))
+        return value.reshape(y.shape) if isinstance(value, Tensor) else value
+
+
+def _recognized(
+    func: Field, x: State, t: Tensor, settings: Settings, columns: int
+) -> tuple[Recognized | None, str]:
+    """The user's own field as the kernels know it, or why they do not."""
+    if not isinstance(x, Tensor) or type(x) is not Tensor and type(x) is not nn.Parameter:
+        return None, "the state is not one plain tensor"
+    if settings.backend == "reference" or settings.gradient == "autograd":
+        return None, "it is not to be run by kernels"
+    if FAMILIES.get(settings.method or "dopri5") not in (FIXED, ADAPTIVE) or settings.event_fn:
+        return None, "the kernels know explicit Runge-Kutta methods without events only"
+    if x.dtype not in (torch.float32, torch.float64):
+        return None, f"the state is {x.dtype}, want float32 or float64"
+    if x.dim() < 1 or x.numel() == 0 or not callable(func):
+        return None, "the state has no features"
+    if why := fused.why_not_now(x.device.type):
+        return None, why
+    if not isinstance(t, Tensor) or t.requires_grad or t.dim() != 1 or not len(t):
+        return None, "a gradient with respect to t is wanted"
+    found = recognize(func, float(t[0]), pad(x, columns))
+    return (None, found) if isinstance(found, str) else (found, "")
+
+
+def _solve_known(
+    known: MLPField | ConvField | Recognized | None,
+    unknown: str,
+    func: Field,
+    x: State,
+    t: Tensor,
+    settings: Settings,
+    columns: int,
+) -> tuple[Any, SolveStats]:
+    """The same for a field that the kernels know, or do not.
+
+    Args:
+        known: The field as they know it.
+        unknown: Why they do not.
+        func: The user's own.
+        x, t, settings, columns: As in `solve`; x [batch, dim] or an image if the field is known.
+    """
     key = settings.key() if known is not None and isinstance(x, Tensor) else None
     memo = None
     if known is not None and isinstance(x, Tensor) and key:
@@ -321,21 +407,26 @@ def solve(
         return settings.problem(functools.partial(known.evaluate, tensors), pad(x, columns), then)
 
     if memo and memo.native and known is not None and isinstance(x, Tensor):
-        call = fused.Call(memo.native, known, memo.times, (), problem_from)
+        expected = _expected(known, func, x, t, columns)
+        call = fused.Call(memo.native, known, memo.times, (), problem_from, expected)
         return fused.run(call, x, memo.tensors, t.dtype), call.stats
     problem = settings.problem(func, pad(x, columns), t, warn=True)
     backward = settings.backward(problem)
-    plan = settings.plan(problem, backward)
-    if plan.backend == "cpu" and isinstance(known, ConvField):
-        native = problem.field.func = NativeConvField(known)
+    plan = settings.plan(problem, backward, known, unknown)
+    if plan.backend == "cpu" and isinstance(plan.spec, ConvSpec) and isinstance(x, Tensor):
+        native = NativeConvField(known)
+        expected = _expected(known, func, x, t, columns)
+        if expected is not None and not native.agrees(problem.t[:1], problem.y0, expected):
+            raise fused.FieldDiffers
+        problem.field.func = native
         if plan.gradient == "discrete" and plan.keep_steps and native.has_room(problem.y0, FEW):
             # The same gradient, without evaluating everything once more.
             plan = replace(plan, gradient="autograd")
-    elif plan.backend != "reference" and known is not None and isinstance(x, Tensor):
+    elif plan.spec is not None and known is not None and isinstance(x, Tensor):
         prepared = fused.prepare(
             plan.backend,
             problem,
-            known.spec(),
+            plan.spec,
             x.shape[1],
             keep_steps=plan.keep_steps,
             by_row=plan.by_row,
@@ -344,10 +435,27 @@ def solve(
         if memo and _says_nothing(problem, settings.options):
             fused.remember(memo, prepared)
         grid = [point for point, _ in problem.grid()] if prepared.fixed else []
-        call = fused.Call(prepared, known, problem.times, grid, problem_from)
+        expected = _expected(known, func, x, t, columns)
+        call = fused.Call(prepared, known, problem.times, grid, problem_from, expected)
         return fused.run(call, x, known.tensors(), t.dtype), call.stats
     params = settings.adjoint.params if settings.adjoint else None
     return _run(problem, plan, params, backward)
+
+
+def _expected(
+    known: MLPField | ConvField | Recognized | None,
+    func: Field,
+    x: Tensor,
+    t: Tensor,
+    columns: int,
+) -> Tensor | None:
+    """What a user's own code gives at the start, for the kernels to compare."""
+    if not isinstance(known, Recognized):
+        return None
+    expected = known.expected(func, t, x, columns)
+    if expected is None:
+        raise fused.FieldDiffers
+    return expected
 
 
 _State = TypeVar("_State", bound=State)
@@ -588,8 +696,8 @@ def explain(
     **kwargs: Any,
 ) -> str:
     """Which path `odeint` would take with these arguments, and why not a faster one. No solve."""
-    known = {"rtol", "atol", "event_fn", "return_stats"}
-    _refuse_unknown("explain", {name: x for name, x in kwargs.items() if name not in known})
+    taken = {"rtol", "atol", "event_fn", "return_stats"}
+    _refuse_unknown("explain", {name: x for name, x in kwargs.items() if name not in taken})
     settings = Settings(
         kwargs.get("rtol", 1e-7),
         kwargs.get("atol", 1e-9),
@@ -600,17 +708,25 @@ def explain(
         step_control,
         gradient,
     )
-    known = isinstance(func, FIELDS) and type(func) in FIELDS and isinstance(y0, Tensor)
-    if known and fused.casts(func, y0):
-        with torch.autocast(y0.device.type, enabled=False):
-            return _explained(func, fused.widened(y0), t, settings)
+    if isinstance(func, (MLPField, ConvField)) and isinstance(y0, Tensor) and type(func) in FIELDS:
+        if fused.casts(func, y0):
+            with torch.autocast(y0.device.type, enabled=False):
+                return _explained(func, fused.widened(y0), t, settings)
     return _explained(func, y0, t, settings)
 
 
 def _explained(func: Field, y0: State, t: Tensor, settings: Settings) -> str:
     problem = settings.problem(func, y0, t, warn=True)
-    plan = settings.plan(problem, settings.backward(problem))
-    return describe(problem, plan)
+    known: MLPField | ConvField | Recognized | None
+    if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS:
+        known, why = func, ""
+    else:
+        known, why = _recognized(func, y0, t, settings, 0)
+    on_rows = problem
+    if isinstance(known, Recognized) and isinstance(y0, Tensor) and y0.dim() not in (2, 4):
+        rows = y0.reshape(-1, y0.shape[-1])
+        on_rows = settings.problem(_OnRows(func, y0.shape), rows, t)
+    return describe(problem, settings.plan(on_rows, settings.backward(problem), known, why))
 
 
 def _refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:

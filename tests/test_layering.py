@@ -17,6 +17,10 @@ ORDER = """
     anode_fast.odeint
     anode_fast.plan
     anode_fast.recognize
+    anode_fast.recognize.images
+    anode_fast.recognize.rows
+    anode_fast.recognize.trace
+    anode_fast.recognize.surroundings
     anode_fast.convolution
     anode_fast.fields
     anode_fast.fused
@@ -56,6 +60,7 @@ ORDER = """
     anode_fast.problem
     anode_fast.vector_field
     anode_fast.spec
+    anode_fast.kernels.program
     anode_fast.tableau
     anode_fast.stats
     anode_fast.errors

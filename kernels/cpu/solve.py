@@ -176,6 +176,7 @@ class Solve:
         times: Sequence[float],
         grid: Sequence[float] = (),
         keep: bool = False,
+        expected: Tensor | None = None,
     ) -> tuple[Tensor, Result, Checkpoints | None]:
         """Solves.
 
