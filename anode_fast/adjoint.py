@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from anode_fast.distributed import SharedNorm
 from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import QUARTIC
@@ -521,6 +522,9 @@ def _adjoint_norm(
 ) -> Callable[[tuple[Tensor, ...]], Tensor | float]:
     """The norm of the augmented state: torchdiffeq's default, its seminorm, or the user's own."""
     user = options.pop("norm", None)
+    if problem.shared and user in (None, "seminorm"):
+        states = 1 + 2 * (len(problem.layout.shapes) if problem.layout else 1)
+        user = functools.partial(_shared_norm, problem.shared, states if user else None)
 
     def default(parts: tuple[Tensor, ...], with_params: bool = True) -> Tensor | float:
         t, y, adj_y, *adj_params = parts
@@ -541,6 +545,11 @@ def _adjoint_norm(
         return user((t, *unpack(y), *unpack(adj_y), *adj_params))  # type: ignore[no-any-return]
 
     return unpacked
+
+
+def _shared_norm(shared: SharedNorm, count: int | None, parts: tuple[Tensor, ...]) -> Tensor:
+    """The norm of the first parts (None: of all) over all processes."""
+    return shared(parts[:count])
 
 
 @dataclass
@@ -687,6 +696,7 @@ def _solve_back(
         method=adjoint.method,
         options={**options, "norm": norm},
         warn=False,
+        shared=call.problem.shared,
     )
     backward.field.noise = call.problem.field.noise
     if backward.family == ADAPTIVE:

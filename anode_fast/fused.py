@@ -180,6 +180,11 @@ def why_not_now(device_type: str) -> str:
     """What forbids native calls whatever the problem."""
     if torch.is_autocast_enabled(device_type):
         return "autocast is on"
+    return transform()
+
+
+def transform() -> str:
+    """Which transform runs over the call, that takes operations one by one; "" if none."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it runs under a torch.func transform"
     if forward_ad._current_level >= 0:

@@ -114,7 +114,10 @@ def choose(
         problem, field, unknown, backend, wanted, by_row, backward, params
     )
     keep_steps = True
-    if gradient == "auto":
+    if transform := fused.transform():
+        gradient = "autograd"
+        why = (*why, f"gradient: {transform}, and takes the solver's operations one by one")
+    elif gradient == "auto":
         is_native = chosen == "triton" or (chosen == "cpu" and not isinstance(spec, ConvSpec))
         automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, is_native)
         gradient, keep_steps, reason = automatic

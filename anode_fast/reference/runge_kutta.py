@@ -19,7 +19,7 @@ from torch import Tensor
 from anode_fast import failures
 from anode_fast.controller import Controller, first_guess, initial_step
 from anode_fast.errors import NonDeterministicField
-from anode_fast.problem import DEFAULT_MAX_STEPS, Norm, Problem
+from anode_fast.problem import DEFAULT_MAX_STEPS, Norm, Problem, number, underlying
 from anode_fast.reference.step import GridStep, Interval, Recipe, Step, combine, moved
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import ButcherTableau
@@ -184,12 +184,12 @@ def choose_initial_step(
     """The first step to try; one evaluation of the field. Source: see `controller.first_guess`."""
     rtol, atol = tolerances
     scale = y0.abs().mul_(rtol).add_(atol)
-    d1 = float(norm(f0 / scale))
-    h0 = first_guess(float(norm(y0 / scale)), d1)
+    d1 = number(norm(f0 / scale))
+    h0 = first_guess(number(norm(y0 / scale)), d1)
     if not h0 > 0:  # f0 is not finite
         return math.nan
     f1 = field(t0 + h0, torch.add(y0, f0, alpha=h0))
-    d2 = float(norm((f1 - f0) / scale)) / h0
+    d2 = number(norm((f1 - f0) / scale)) / h0
     return initial_step(h0, d1, d2, order)
 
 
@@ -287,7 +287,7 @@ def adaptive_steps(
             dt = rounded(t1 - t0)
         step = recipe(Interval(t0, t1, shift, None if landing is not None else shift), y, f0)
         with torch.no_grad():
-            ratio = float(norm(scaled_error(step, rtol, atol)))
+            ratio = number(norm(scaled_error(step, rtol, atol)))
         if controller.accepts(dt, ratio):
             stats.accepted += 1
             refused_in_a_row = 0
@@ -311,7 +311,7 @@ def adaptive_steps(
                     raise failures.non_finite(problem, t0, dt, attempts + 1, f0)
             dt = rounded(controller.next_step(dt, ratio))
             noisy = refused_in_a_row == REJECTIONS_BEFORE_DOUBT or stats.rejected == 64
-            if noisy and not doubted and math.isfinite(ratio):
+            if noisy and not doubted and math.isfinite(ratio) and not problem.shared:
                 doubted = True
                 _check_deterministic(field, t0, y)
 
@@ -325,7 +325,7 @@ def _rounding(dtype: torch.dtype, state_dtype: torch.dtype) -> Callable[[float],
 def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
     """Two evaluations more, made only when many steps were refused."""
     with torch.no_grad():
-        first, second = field(t, y), field(t, y)
+        first, second = underlying(field(t, y)), underlying(field(t, y))
         scale = torch.maximum(first.abs(), second.abs()).max()
         # Threads may sum in another order; randomness (dropout) is far above that.
         if (first - second).abs().max() > 1e-4 * scale:
@@ -496,6 +496,7 @@ def row_steps(
 
 
 def _rms_by_row(x: Tensor) -> Tensor:
+    x = x.detach()  # forward-mode derivatives too take step sizes as constants
     flat = x.flatten(1) if x.dim() > 1 else x[:, None]
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return norms / math.sqrt(max(flat.shape[1], 1))
