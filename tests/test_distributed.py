@@ -177,8 +177,6 @@ def train_in_parallel(rank, kind, block):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_training_as_in_one_process(kind, block, group):
-    if kind == "own" and block == "sample":
-        pytest.skip("its cos(t) has one t per row: another field")
     model = seeded(kind, **block_options(block))
     want_grads, want_weights = train(model, batch(*MODELS[kind][1]))
     stats = blocks(model)[0].stats
