@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from anode_fast.distributed import SharedNorm
 from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm, rms_norm
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import QUARTIC
@@ -547,6 +548,9 @@ def _adjoint_norm(
 ) -> Callable[[tuple[Tensor, ...]], Tensor | float]:
     """The norm of the augmented state: torchdiffeq's default, its seminorm, or the user's own."""
     user = options.pop("norm", None)
+    if problem.shared and user in (None, "seminorm"):
+        states = 1 + 2 * (len(problem.layout.shapes) if problem.layout else 1)
+        user = functools.partial(_shared_norm, problem.shared, states if user else None)
     if user is None or user == "seminorm":
         return _AdjointNorm(problem, params, with_params=user is None)
     if problem.layout is None:
@@ -558,6 +562,11 @@ def _adjoint_norm(
         return user((t, *unpack(y), *unpack(adj_y), *adj_params))  # type: ignore[no-any-return]
 
     return unpacked
+
+
+def _shared_norm(shared: SharedNorm, count: int | None, parts: tuple[Tensor, ...]) -> Tensor:
+    """The norm of the first parts (None: of all) over all processes."""
+    return shared(parts[:count])
 
 
 @dataclass
@@ -704,6 +713,7 @@ def _solve_back(
         method=adjoint.method,
         options={**options, "norm": norm},
         warn=False,
+        shared=call.problem.shared,
     )
     backward.field.noise = call.problem.field.noise
     if backward.y0.dtype == call.problem.y0.dtype:

@@ -12,6 +12,9 @@ from typing import NoReturn, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.spec import ConvSpec, MLPSpec, check_activation, size
@@ -130,7 +133,7 @@ class MLPField(nn.Module):
             if "weight" in own and "bias" in own:
                 found += own["weight"], own["bias"]  # type: ignore[arg-type]
             else:
-                found += cast("nn.Linear", layer).weight, cast("nn.Linear", layer).bias
+                found += _made(cast("nn.Linear", layer))
         return found
 
     def spec(self) -> MLPSpec:
@@ -224,8 +227,7 @@ class ConvField(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every convolution, first to last."""
-        layers = self.conv1, self.conv2, self.conv3
-        return [x for conv in layers for x in (conv.weight, cast("Tensor", conv.bias))]
+        return [x for conv in (self.conv1, self.conv2, self.conv3) for x in _made(conv)]
 
     def spec(self) -> ConvSpec:
         """The field as plain data."""
@@ -263,6 +265,15 @@ def evaluate_convolutions(
     h = act(_conv1x1(w1, b1, t, y))
     h = act(_conv3x3(w2, b2, t, h))
     return _conv1x1(w3, b3, t, h)
+
+
+def _made(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer, also where something makes them of others."""
+    for hook in layer._forward_pre_hooks.values():
+        # These make the weight anew before each call of the layer. Nobody calls it.
+        if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
+            hook(layer, ())
+    return layer.weight, cast("Tensor", layer.bias)
 
 
 def _split(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,11 +178,11 @@ def why_not_now(device_type: str) -> str:
     """What forbids native calls whatever the problem."""
     if torch.is_autocast_enabled(device_type):
         return "autocast is on"
-    return why_not_transforms()
+    return transform()
 
 
-def why_not_transforms() -> str:
-    """What forbids calls that autograd and torch.func do not see."""
+def transform() -> str:
+    """Which transform runs over the call, that takes operations one by one; "" if none."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it runs under a torch.func transform"
     if forward_ad._current_level >= 0:
@@ -197,7 +197,7 @@ def casts(field: Field, x: Tensor) -> bool:
         field: The field.
         x: The state, or its data columns.
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return False
     return field.tensors()[0].dtype in (torch.float32, torch.float64)
 
@@ -224,11 +224,6 @@ def shapes_of(spec: Spec) -> tuple[tuple[int, ...], ...]:
         return tuple(shape for weight in layers for shape in (weight, weight[:1]))
     widths = (spec.dim + spec.time_dependent, *spec.hidden, spec.dim)
     return tuple(shape for n, m in itertools.pairwise(widths) for shape in ((m, n), (m,)))
-
-
-def has_callbacks(func: Any) -> bool:
-    """Whether a field wants to be told of steps."""
-    return any(hasattr(func, name) for name in _CALLBACKS)
 
 
 def has_hooks(func: Any) -> bool:

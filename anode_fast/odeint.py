@@ -538,7 +538,10 @@ def _compiled(
         ),
     )
     solution, counts = torch.ops.anode_fast.solve(x, known.tensors(), t, f"{call}")
-    return solution, GraphStats(settings.method or "dopri5", counts)
+    method = settings.method or "dopri5"
+    return solution, SolveStats(method=method) if _is_abstract(solution) else GraphStats(
+        method, counts
+    )
 
 
 def _pairs(options: Options | None) -> tuple[Any, ...] | None:

@@ -33,8 +33,8 @@ FIELDS = (MLPField, ConvField)
 
 _NO_GPU = "the state is not on a GPU"
 _ANY_FIELD = (
-    "backend: PyTorch evaluates the field, the Triton kernels make the steps, launch by launch, and "
-    "choose their sizes on the device"
+    "backend: PyTorch evaluates the field, the Triton kernels make the steps, launch by launch, "
+    "and choose their sizes on the device"
 )
 
 
@@ -123,7 +123,10 @@ def choose(
     if chosen == "reference" and backend != "reference":
         why = (*why, "steps: " + _how_steps(problem, by_row))
     keep_steps = True
-    if gradient == "auto":
+    if transform := fused.transform():
+        gradient = "autograd"
+        why = (*why, f"gradient: {transform}, and takes the solver's operations one by one")
+    elif gradient == "auto":
         is_native = spec is not None and not (chosen == "cpu" and isinstance(spec, ConvSpec))
         automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, is_native)
         gradient, keep_steps, reason = automatic

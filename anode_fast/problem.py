@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from anode_fast.distributed import SharedNorm
 from anode_fast.errors import InvalidArgument, InvalidType, NonFiniteState
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 from anode_fast.vector_field import HERE, NEXT, Layout, VectorField
@@ -119,7 +120,22 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def mixed_norm(parts: Sequence[Tensor]) -> Tensor | float:
     """The largest `rms_norm` of the parts of a tuple state."""
-    return max((rms_norm(part) for part in parts), default=0.0)
+    return torch.stack([rms_norm(part) for part in parts]).amax() if parts else 0.0
+
+
+def underlying(x: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func: under vmap that of all examples."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
+def number(x: Tensor | float) -> float:
+    """A number on the host; under vmap the largest one of all examples, which share their steps."""
+    if isinstance(x, Tensor) and (inside := underlying(x)) is not x:
+        return float(inside.max())
+    return float(x)
 
 
 class NormOfParts:
@@ -165,6 +181,7 @@ class Problem:
         layout: The user's tuple, or None for one tensor.
         original: The user's own callable.
         arithmetic: How steps compute; None: by PyTorch operations.
+        shared: The norm by which several processes decide together, or None.
         suggested_step: The step an adaptive solve would take next; set by the solver.
     """
 
@@ -184,6 +201,7 @@ class Problem:
     layout: Layout | None
     original: Callable[..., Any]
     arithmetic: Arithmetic | None = None
+    shared: SharedNorm | None = None
     suggested_step: float | None = None
 
     @property
@@ -328,16 +346,22 @@ def make_problem(
     options: Mapping[str, Any] | None = None,
     event_fn: Callable[..., Any] | None = None,
     warn: bool = True,
+    shared: SharedNorm | None = None,
 ) -> Problem:
     """Checks the arguments of a solve and brings them to normal form. Evaluates nothing.
 
     Raises:
         InvalidArgument, InvalidType: With where, got, wanted and what to do.
         NonFiniteState: y0 holds nan or inf.
+
+    `shared` as in `Problem`, if the option norm does not say so.
     """
     if not callable(func):
         raise InvalidType(f"odeint: func is a {type(func).__name__}, want a callable func(t, y)")
-    layout, state = _check_state(y0)
+    if isinstance(options, Mapping) and isinstance(options.get("norm"), SharedNorm):
+        shared = options["norm"]
+    # One process must not stop alone: the others would wait for it. The norm will be nan for all.
+    layout, state = _check_state(y0, is_finite=shared is None)
     method = "dopri5" if method is None else method
     if not isinstance(method, str) or method not in FAMILIES:
         close = difflib.get_close_matches(str(method), FAMILIES, n=1)
@@ -385,10 +409,11 @@ def make_problem(
         state_dtype=state_dtype,
         layout=layout,
         original=func,
+        shared=shared,
     )
 
 
-def _check_state(y0: State) -> tuple[Layout | None, Tensor]:
+def _check_state(y0: State, is_finite: bool) -> tuple[Layout | None, Tensor]:
     if isinstance(y0, Tensor):
         parts: Sequence[Tensor] = (y0,)
     elif isinstance(y0, tuple) and y0 and all(isinstance(part, Tensor) for part in y0):
@@ -411,12 +436,13 @@ def _check_state(y0: State) -> tuple[Layout | None, Tensor]:
             raise InvalidArgument(f"odeint: y0 lies on {parts[0].device} and {part.device}")
     layout = None if isinstance(y0, Tensor) else Layout(parts)
     state = layout.pack(parts) if layout else parts[0]
-    finite = torch.isfinite(state.detach())
-    if not finite.all():
+    values = underlying(state.detach())
+    finite = torch.isfinite(values)
+    if is_finite and not finite.all():
         bad = (~finite).sum().item()
-        kind = "nan" if torch.isnan(state.detach()).any() else "inf"
+        kind = "nan" if torch.isnan(values).any() else "inf"
         raise NonFiniteState(
-            f"non-finite values in state y0: {kind} among {bad} of {state.numel()} entries before "
+            f"non-finite values in state y0: {kind} among {bad} of {values.numel()} entries before "
             "the first step. Look at what made y0."
         )
     return layout, state

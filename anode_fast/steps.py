@@ -39,7 +39,7 @@ def why_not(problem: Problem) -> str:
         return f"the state is {y0.dtype} on {y0.device}, want float32 or float64 on the CPU"
     if type(y0) not in _PLAIN or not y0.is_contiguous() or y0.is_neg():
         return "the state is no plain contiguous tensor"
-    return fused.why_not_transforms()
+    return fused.transform()
 
 
 def arithmetic(problem: Problem) -> NativeArithmetic | None:
@@ -222,7 +222,7 @@ class _Combined(torch.autograd.Function):
             torch.is_grad_enabled()
             or type(grad) is not Tensor
             or torch._C._functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched
-            or fused.why_not_transforms()
+            or fused.transform()
             or not grad.is_contiguous()
             or grad.is_neg()
         ):

@@ -68,6 +68,7 @@ ORDER = """
     anode_fast.tableau
     anode_fast.stats
     anode_fast.errors
+    anode_fast.distributed
 """.split()
 
 # Kernels import nothing of the package but kernels, though there are modules below them.

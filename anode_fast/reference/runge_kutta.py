@@ -20,7 +20,7 @@ from torch import Tensor
 from anode_fast import failures
 from anode_fast.controller import Controller, first_guess, initial_step
 from anode_fast.errors import NonDeterministicField
-from anode_fast.problem import DEFAULT_MAX_STEPS, Arithmetic, Norm, Problem
+from anode_fast.problem import DEFAULT_MAX_STEPS, Arithmetic, Norm, Problem, number, underlying
 from anode_fast.reference.step import GridStep, Interval, Recipe, Step, combine, moved
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import ButcherTableau
@@ -76,7 +76,7 @@ class PlainArithmetic:
         norm: Norm,
     ) -> float:
         """Norm of h * sum_j weights[j] * ks[j] over the tolerance atol + rtol * max(|y0|, |y1|)."""
-        return float(norm(scaled(combine(None, ks, weights, h), y0, y1, *tolerances)))
+        return number(norm(scaled(combine(None, ks, weights, h), y0, y1, *tolerances)))
 
 
 PLAIN = PlainArithmetic()
@@ -376,7 +376,7 @@ def adaptive_steps(
                     raise failures.non_finite(problem, t0, dt, attempts + 1, f0)
             dt = rounded(controller.next_step(dt, ratio))
             noisy = refused_in_a_row == REJECTIONS_BEFORE_DOUBT or stats.rejected == 64
-            if noisy and not doubted and math.isfinite(ratio):
+            if noisy and not doubted and math.isfinite(ratio) and not problem.shared:
                 doubted = True
                 _check_deterministic(field, t0, y)
 
@@ -390,7 +390,7 @@ def _rounding(dtype: torch.dtype, state_dtype: torch.dtype) -> Callable[[float],
 def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
     """Two evaluations more, made only when many steps were refused."""
     with torch.no_grad():
-        first, second = field(t, y), field(t, y)
+        first, second = underlying(field(t, y)), underlying(field(t, y))
         scale = torch.maximum(first.abs(), second.abs()).max()
         # Threads may sum in another order; randomness (dropout) is far above that.
         if (first - second).abs().max() > 1e-4 * scale:
@@ -563,6 +563,7 @@ def row_steps(
 
 
 def _rms_by_row(x: Tensor) -> Tensor:
+    x = x.detach()  # forward-mode derivatives too take step sizes as constants
     flat = x.flatten(1) if x.dim() > 1 else x[:, None]
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return norms / math.sqrt(max(flat.shape[1], 1))
