@@ -6,6 +6,7 @@
 #endif
 
 #include "adjoint.hpp"
+#include "combine.hpp"
 #include "continuous.hpp"
 #include "conv.hpp"
 #include "first_stage.hpp"
@@ -305,6 +306,89 @@ ANODE_EXPORT int anode_conv_evaluate(const void* field, const ConvArguments* a) 
 
 ANODE_EXPORT int anode_conv_vjp(const void* field, const ConvArguments* a) {
   return enough_memory([&] { static_cast<const AnyConvolutions*>(field)->vjp(*a); });
+}
+
+// --- steps of a field that is evaluated elsewhere -------------------------------------------------
+
+// Arguments as blocks of 8-byte words again. Behind each: the addresses of `count` stages.
+
+struct CombineArguments {
+  std::int64_t is_double;
+  std::int64_t n;
+  const void* y;  // may be null
+  void* out;
+  double h;
+  const double* weights;
+  std::int64_t count;
+};
+
+struct ErrorArguments {
+  std::int64_t is_double;
+  const void *y0, *y1;
+  double rtol, atol;
+  const void *rtols, *atols;  // may be null
+  const std::int64_t* ends;
+  std::int64_t parts;
+  double h;
+  const double* weights;
+  std::int64_t count;
+};
+
+template <class T, class Arguments>
+WeightedSum<T> sum_of(const Arguments* a) {
+  return {a->h, a->weights, reinterpret_cast<const T* const*>(a + 1), a->count};
+}
+
+// The sum of y and the stages with their weights.
+ANODE_EXPORT void anode_combine(const CombineArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    combine(sum_of<T>(a), static_cast<const T*>(a->y), a->n, static_cast<T*>(a->out));
+  };
+  a->is_double ? run(0.0) : run(0.0f);
+}
+
+// The gradients of the stages, one after the other, from that of the sum, here `y`.
+ANODE_EXPORT void anode_spread(const CombineArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    const WeightedSum<T> sum{a->h, a->weights, nullptr, a->count};
+    spread(sum, static_cast<const T*>(a->y), a->n, static_cast<T*>(a->out));
+  };
+  a->is_double ? run(0.0) : run(0.0f);
+}
+
+// The size of an error relative to the tolerance; -1 if there is no memory.
+ANODE_EXPORT double anode_error_ratio(const ErrorArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    const Tolerance<T> tolerance{T(a->rtol), T(a->atol), static_cast<const T*>(a->rtols),
+                                 static_cast<const T*>(a->atols)};
+    return error_ratio(sum_of<T>(a), static_cast<const T*>(a->y0), static_cast<const T*>(a->y1),
+                       tolerance, a->ends, a->parts);
+  };
+  double ratio = -1;
+  enough_memory([&] { ratio = a->is_double ? run(0.0) : run(0.0f); });
+  return ratio;
+}
+
+struct TimesArguments {
+  std::int64_t is_double;
+  void* out;
+  const double* c;
+  std::int64_t count;
+  std::int64_t side0, side1;
+  double t0, t1, sign;
+};
+
+// The times of a step's stages.
+ANODE_EXPORT void anode_node_times(const TimesArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    node_times(a->c, a->count, a->t0, a->t1, a->side0, a->side1, a->sign,
+               static_cast<T*>(a->out));
+  };
+  a->is_double ? run(0.0) : run(0.0f);
 }
 
 // Floating point operations per second of one core's multiply-add units, measured for `seconds`.

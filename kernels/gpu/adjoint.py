@@ -149,7 +149,7 @@ def discrete_gradient(
                     tl.debug_barrier()
             output = others
             if WEIGHTS > 0:
-                ACCUMULATE(sums, records, ones, first, last, F, B, SIZE)
+                ACCUMULATE(sums, records, ones, first, last, rows - index * B, F, B, SIZE)
         adj_y += tl.load(grad + place, mask=inside, other=0.0)
         at = r.to(tl.int64) * DATA + c
         tl.store(x_grad + at, adj_y, mask=in_batch & (c < DATA))

@@ -178,7 +178,7 @@ def fixed(
                     change = weighted_sum(tableau + S * S, slopes + part * S * B * D, tile, S)
                     tl.store(at, tl.load(at) + (u1 - u0).to(DTYPE) * change)
                 if WEIGHTS > 0:
-                    ACCUMULATE(sums, records, shares, 0, inner, F, B, SIZE)
+                    ACCUMULATE(sums, records, shares, 0, inner, rows - first_row, F, B, SIZE)
             tl.debug_barrier()
             y = tl.load(state + tile)
             a = tl.load(state + B * D + tile)
@@ -522,7 +522,7 @@ def quadrature(
             if follows & (s == S - 1):
                 share += share_of(tableau, 0, u1, tl.load(at + 4), end, S)
             tl.store(shares + s, share.to(DTYPE))
-        ACCUMULATE(sums, records, shares, first, S, F, B, SIZE)
+        ACCUMULATE(sums, records, shares, first, S, rows - first_row, F, B, SIZE)
 
 
 @triton.jit

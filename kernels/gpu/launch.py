@@ -11,17 +11,25 @@ the candidates on a card and prints it anew.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
 
-from anode_fast.kernels.gpu import activations
+from anode_fast.kernels.gpu import activations, generate
 from anode_fast.kernels.gpu.conv import Conv
+from anode_fast.kernels.gpu.generate import Generated
 from anode_fast.kernels.gpu.mlp import MLP
 from anode_fast.kernels.interface import ConvField, Field
+from anode_fast.kernels.program import Program
+
+Compiled: TypeAlias = MLP | Generated
+"""A field as the kernels of whole solves are compiled for it."""
 
 MOST_DIM, MOST_HIDDEN, MOST_LAYERS = 64, 128, 4
+MOST_WIDTH, MOST_INSTRUCTIONS, MOST_KEPT = 256, 256, 8192
+"""Of a program: features of a value; instructions; numbers that a gradient keeps of a row."""
+
 LOWEST_CAPABILITY = 80
 
 KERNELS = ("fixed", "adaptive", "by_row", "gradient", "continuous")
@@ -106,7 +114,7 @@ TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]
     ("by_row", 64, "tf32x3"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
     ("by_row", 128, "tf32x3"): _entry((16, 4, 128, 32)),
     ("by_row", 16, "tf32"): _entry((16, 4, 16, 16), (32, 4, 16, 16)),
-    ("by_row", 32, "tf32"): _entry((16, 4, 32, 16), (64, 4, 32, 32)),
+    ("by_row", 32, "tf32"): _entry((16, 4, 32, 16), (64, 8, 32, 16)),
     ("by_row", 64, "tf32"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
     ("by_row", 128, "tf32"): _entry((16, 4, 128, 32)),
     ("by_row", 16, "ieee"): _entry((16, 4, 16, 16), (32, 4, 16, 16)),
@@ -163,13 +171,14 @@ CONV_TABLE: dict[tuple[str, int, int] | tuple[str, int, int, int], tuple[int, in
     ("forward", 128, 2): (128, 8, 255),
     ("gather", 64, 1): (64, 4, 255),
     ("gradient", 64, 0): (32, 8, 255),
-    ("gradient", 64, 1): (64, 4, 255),
+    ("gradient", 64, 1): (32, 4, 255),
     ("gradient", 64, 2): (32, 4, 255),
     ("gradient", 128, 0): (16, 8, 255),
     ("gradient", 128, 1): (32, 8, 255),
     ("gradient", 128, 2): (32, 8, 255),
     # Where these would spill.
     ("forward", 128, 2, 80): (64, 8, 255),
+    ("gradient", 128, 1, 80): (16, 8, 255),
 }
 """Pixels of a tile, warps of a program, registers of a thread; for padded filters (up to that many)
 and 16-bit parts. "gather" goes before "forward" where the first hidden layer is in memory. Where a
@@ -183,12 +192,12 @@ WIDE, CONV_WIDE = 64, (16, 8, 255)
 
 
 def why_not(
-    field: Field | ConvField, dtype: torch.dtype, capability: int = LOWEST_CAPABILITY
+    field: Field | ConvField | Program, dtype: torch.dtype, capability: int = LOWEST_CAPABILITY
 ) -> str:
     """Why the kernels cannot run a field; "" if they can.
 
     Args:
-        field: The field.
+        field: The field, or its program.
         dtype: Of the state.
         capability: Of the GPU, 90 for 9.0.
     """
@@ -196,6 +205,8 @@ def why_not(
         return f"the state is {dtype}, the GPU kernels take float32 and float64"
     if isinstance(field, ConvField):
         return _why_not_conv(field) or _why_not_capability(capability)
+    if isinstance(field, Program):
+        return _why_not_program(field) or _why_not_capability(capability)
     layers = len(field.hidden)
     if not 1 <= layers <= MOST_LAYERS:
         return f"the field has {layers} hidden layers, the GPU kernels take 1 to {MOST_LAYERS}"
@@ -219,6 +230,29 @@ def _why_not_conv(field: ConvField) -> str:
         return (
             f"the state has {field.channels} channels, the GPU kernels take {MOST_CHANNELS} at "
             f"most, and {WIDE - 2} with more than {WIDE} filters"
+        )
+    return ""
+
+
+def _why_not_program(program: Program) -> str:
+    if program.dim > MOST_DIM:
+        return f"the state has width {program.dim}, the GPU kernels take {MOST_DIM} at most"
+    most = MOST_WIDTH if generate.has_products(program) else MOST_DIM  # else all is in registers
+    if max(program.widths) > most:
+        return (
+            f"the field has a value of width {max(program.widths)}, the GPU kernels take "
+            f"{most} at most" + ("" if most == MOST_WIDTH else " where there are no linear maps")
+        )
+    if len(program.code) > MOST_INSTRUCTIONS:
+        return (
+            f"the field has {len(program.code)} instructions, the GPU kernels take "
+            f"{MOST_INSTRUCTIONS} at most"
+        )
+    _, numbers = generate.source(program, 16, 16)
+    if numbers > MOST_KEPT:
+        return (
+            f"a gradient would keep {numbers} numbers of each row and evaluation, the GPU kernels "
+            f"have room for {MOST_KEPT}"
         )
     return ""
 
@@ -255,22 +289,33 @@ def architecture(capability: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def configuration(
-    kernel: str, rows: int, field: Field, precision: str, is_double: bool, capability: int
-) -> tuple[MLP, Launch]:
+    kernel: str,
+    rows: int,
+    field: Field | Program,
+    precision: str,
+    is_double: bool,
+    capability: int,
+) -> tuple[Compiled, Launch]:
     """The field as the kernel is compiled for it, and the launch.
 
     Args:
         kernel: One of `KERNELS`.
         rows: Of the batch.
-        field: The field.
+        field: The field, or its program.
         precision: Of matrix products.
         is_double: Whether in float64.
         capability: Of the device: 80, 90, 100; 0 for the interpreter.
     """
+    kernel = "adaptive" if kernel == "forward" else kernel
+    of_precision = "ieee" if is_double else precision
+    if isinstance(field, Program):
+        D = generate.padded(field.dim, field)
+        entry = _entry_of(field, kernel, of_precision, capability)
+        launch = _chosen(entry, kernel in ONE_STEP_SIZE, rows, D, capability)
+        return generate.generated(field, precision, launch.N, launch.K), launch
     D, H = padded(field.dim), padded(field.hidden[0])
-    key = ("adaptive" if kernel == "forward" else kernel, H, "ieee" if is_double else precision)
-    entry = TABLE.get((*key, architecture(capability))) or TABLE[key]
-    launch = _chosen(entry, key[0] in ONE_STEP_SIZE, rows, D, capability)
+    entry = _table_entry(kernel, H, of_precision, capability)
+    launch = _chosen(entry, kernel in ONE_STEP_SIZE, rows, D, capability)
     return (
         MLP(
             *(field.dim, field.hidden[0], len(field.hidden), field.activation),
@@ -278,6 +323,24 @@ def configuration(
         ),
         launch,
     )
+
+
+def _table_entry(kernel: str, H: int, precision: str, capability: int) -> tuple[Launch, ...]:
+    key = (kernel, H, precision)
+    return TABLE.get((*key, architecture(capability))) or TABLE[key]
+
+
+def _entry_of(program: Program, kernel: str, precision: str, capability: int) -> tuple[Launch, ...]:
+    """Launches for a program: those of a perceptron as wide as its widest value.
+
+    Without matrix products all is in registers, and tiles are as high as leaves a thread 16 numbers
+    of each value at most.
+    """
+    width = generate.padded(max(program.widths), program)
+    if generate.has_products(program):
+        return _table_entry(kernel, min(width, MOST_HIDDEN), precision, capability)
+    shapes = ((32, 1), (32, 4), (64, 4), (128, 4), (256, 8))
+    return _entry(*((*shape, 16, 16) for shape in shapes if shape[0] * width <= 512 * shape[1]))
 
 
 def _chosen(

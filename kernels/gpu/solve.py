@@ -18,7 +18,16 @@ import torch
 import triton
 from torch import Tensor
 
-from anode_fast.kernels.gpu import adjoint, continuous, controller, host, launch, mlp, runge_kutta
+from anode_fast.kernels.gpu import (
+    adjoint,
+    continuous,
+    controller,
+    generate,
+    host,
+    launch,
+    mlp,
+    runge_kutta,
+)
 from anode_fast.kernels.gpu.launch import Launch
 from anode_fast.kernels.gpu.launch import why_not as why_not
 from anode_fast.kernels.interface import (
@@ -31,6 +40,7 @@ from anode_fast.kernels.interface import (
     Field,
     Method,
 )
+from anode_fast.kernels.program import Program
 
 STEPS_AT_ONCE = 16
 """Steps of a tile whose weight gradients are made at the same time, after the adjoint ODE."""
@@ -55,7 +65,7 @@ class Solve(host.Solver):
     """A solve with everything fixed but the tensors and times.
 
     Args:
-        field: The field.
+        field: The field, or its program.
         method: The method.
         dtype: torch.float32 or torch.float64.
         options: As the fields of the C struct Options in kernels/cpu/problem.hpp: `control`,
@@ -63,7 +73,9 @@ class Solve(host.Solver):
             `safety`, `ifactor`, `dfactor`, `min_step`, `max_step`; those left out are 0.
     """
 
-    def __init__(self, field: Field, method: Method, dtype: torch.dtype, **options: float) -> None:
+    def __init__(
+        self, field: Field | Program, method: Method, dtype: torch.dtype, **options: float
+    ) -> None:
         super().__init__(method, dtype, **options)
         self.field = field
         self.dim = field.dim
@@ -77,12 +89,13 @@ class Solve(host.Solver):
         times: Sequence[float],
         grid: Sequence[float] = (),
         keep: bool = False,
+        expected: Tensor | None = None,
     ) -> tuple[Tensor, host.Result, Checkpoints | None]:
         """Solves.
 
         Args:
             x: Data columns of the initial state, [rows, data_dim], last stride 1.
-            parameters: Weight and bias of every layer, contiguous.
+            parameters: Weight and bias of every layer; or the tensors of the program; contiguous.
             times: Output times, increasing.
             grid: For fixed steps: where they begin and end.
             keep: Whether to keep checkpoints.
@@ -100,16 +113,20 @@ class Solve(host.Solver):
 
     def _configuration(
         self, kernel: str, device: torch.device, rows: int
-    ) -> tuple[mlp.MLP, Launch]:
-        found: tuple[mlp.MLP, Launch] = launch.configuration(
+    ) -> tuple[Any, launch.Compiled, Launch]:
+        """The module with the field's functions, the field that they take, and the launch."""
+        F, config = launch.configuration(
             *(kernel, rows, self.field, launch.precision(self.dtype)),
             *(self.dtype == torch.float64, host.capability(device)),
         )
-        return found
+        functions = mlp
+        if isinstance(self.field, Program):
+            functions = generate.load(self.field, F.N, F.K)
+        return functions, F, config
 
     def _arguments(self, kernel: str, x: Tensor, rows: int) -> tuple[dict[str, Any], int]:
         """What the forward kernels have in common, and the number of programs."""
-        F, config = self._configuration(kernel, x.device, rows)
+        functions, F, config = self._configuration(kernel, x.device, rows)
         S, B = self.stages, config.rows
         programs = max(1, triton.cdiv(rows, B))
         size = S * B * F.D + F.record_size(B)
@@ -121,7 +138,8 @@ class Solve(host.Solver):
             scratch=host.empty(x, (programs, size)),
             x_stride=x.stride(0),
             rows=rows,
-            **dict(EVALUATE=mlp.evaluate, F=F, DIM=self.dim, DATA=self.data_dim, S=S, B=B, D=F.D),
+            **dict(EVALUATE=functions.evaluate, F=F, DIM=self.dim, DATA=self.data_dim),
+            **dict(S=S, B=B, D=F.D),
             SCRATCH=size,
             **config.options,
         ), programs
@@ -354,13 +372,14 @@ class Solve(host.Solver):
             The gradient for x or None, those of the parameters (none if not wanted), the counts.
         """
         rows, S = checkpoints.rows, self.stages
-        F, config = self._configuration("gradient", grad.device, rows)
+        functions, F, config = self._configuration("gradient", grad.device, rows)
         B = min(config.rows, checkpoints.tile)
         programs = min(max(1, triton.cdiv(rows, B)), host.most_programs(grad.device))
         record = F.record_size(B)
         size = (2 * S + 1) * B * F.D + S * record + S
         tableau, settings = self._constants(grad.device)
         x_grad = host.empty(grad, (rows, self.data_dim))
+        wanted &= F.weights > 0
         count = F.weights if wanted else 0
         sums = host.zeros(grad, (programs, count), self.dtype)
         with host.on(grad.device):
@@ -381,7 +400,8 @@ class Solve(host.Solver):
                 num_times=checkpoints.times.shape[0],
                 num_steps=checkpoints.num_steps,
                 programs=programs,
-                **dict(EVALUATE=mlp.evaluate, VJP=mlp.vjp, ACCUMULATE=mlp.accumulate, F=F),
+                **dict(EVALUATE=functions.evaluate, VJP=functions.vjp, F=F),
+                **dict(ACCUMULATE=functions.accumulate),
                 **dict(SIZE=record, WEIGHTS=count, DIM=self.dim, DATA=self.data_dim),
                 **dict(S=S, B=B, D=F.D, SCRATCH=size, TILE=checkpoints.tile),
                 FIXED=self.control == FIXED,
@@ -452,7 +472,7 @@ class Solve(host.Solver):
         grid: tuple[float, ...],
     ) -> tuple[Tensor, Sequence[Tensor | None], host.Result]:
         rows, S = solution.shape[1], self.stages
-        shared, F, tiles = self._adjoint_arguments(grad, parameters, rows)
+        shared, functions, F, tiles = self._adjoint_arguments(grad, parameters, rows)
         record = F.record_size(shared["B"])
         size = (2 * S + 2) * shared["B"] * F.D + S * record + S
         programs = min(tiles, host.most_programs(grad.device))
@@ -473,7 +493,7 @@ class Solve(host.Solver):
             num_times=len(times),
             inner=inner,
             programs=programs,
-            **dict(ACCUMULATE=mlp.accumulate, SIZE=record, WEIGHTS=sums.shape[1]),
+            **dict(ACCUMULATE=functions.accumulate, SIZE=record, WEIGHTS=sums.shape[1]),
             **dict(DATA=self.data_dim, SCRATCH=size),
             **shared,
         )
@@ -499,7 +519,7 @@ class Solve(host.Solver):
     ) -> tuple[Tensor, Sequence[Tensor | None], host.Result]:
         rows, S, pieces = solution.shape[1], self.stages, len(times) - 1
         is_captured = host.is_captured(grad.device)
-        shared, F, programs = self._adjoint_arguments(grad, parameters, rows)
+        shared, functions, F, programs = self._adjoint_arguments(grad, parameters, rows)
         times_on = host.doubles(times, grad.device)
         record = F.record_size(shared["B"])
         size = 2 * S * shared["B"] * F.D + record
@@ -539,7 +559,7 @@ class Solve(host.Solver):
                 num_times=len(times),
                 capacity=capacity,
                 programs=programs,
-                **dict(TIME_GRADIENT=mlp.time_gradient, DATA=self.data_dim, SCRATCH=size),
+                **dict(TIME_GRADIENT=functions.time_gradient, DATA=self.data_dim, SCRATCH=size),
                 **dict(KEEP=wanted, LOOP=programs == 1),
                 **shared,
             )
@@ -559,7 +579,7 @@ class Solve(host.Solver):
                 sums=sums,
                 scratch=scratch_again,
                 programs=at_once,
-                **dict(ACCUMULATE=mlp.accumulate, SIZE=record, WEIGHTS=F.weights),
+                **dict(ACCUMULATE=functions.accumulate, SIZE=record, WEIGHTS=F.weights),
                 SCRATCH=size_again,
                 **shared,
             )
@@ -594,9 +614,9 @@ class Solve(host.Solver):
 
     def _adjoint_arguments(
         self, grad: Tensor, parameters: tuple[Tensor, ...], rows: int
-    ) -> tuple[dict[str, Any], mlp.MLP, int]:
+    ) -> tuple[dict[str, Any], Any, launch.Compiled, int]:
         """What the kernels of continuous.py have in common; the field; the number of tiles."""
-        F, config = self._configuration("continuous", grad.device, rows)
+        functions, F, config = self._configuration("continuous", grad.device, rows)
         tableau, settings = self._constants(grad.device)
         return (
             dict(
@@ -604,10 +624,11 @@ class Solve(host.Solver):
                 tableau=tableau,
                 settings=settings,
                 rows=rows,
-                **dict(EVALUATE=mlp.evaluate, VJP=mlp.vjp, F=F, DIM=self.dim),
+                **dict(EVALUATE=functions.evaluate, VJP=functions.vjp, F=F, DIM=self.dim),
                 **dict(S=self.stages, B=config.rows, D=F.D),
                 **config.options,
             ),
+            functions,
             F,
             max(1, triton.cdiv(rows, config.rows)),
         )
@@ -631,7 +652,7 @@ class Solve(host.Solver):
         """
         rows = shape[0]
         kernel = {FIXED: "fixed", BATCH: "adaptive", SAMPLE: "by_row"}[self.control]
-        _, config = self._configuration(kernel, device, rows)
+        _, _, config = self._configuration(kernel, device, rows)
         programs = max(1, triton.cdiv(rows, config.rows))
         launches = "1 launch"
         if self.control == BATCH and programs > 1:
