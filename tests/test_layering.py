@@ -46,6 +46,7 @@ ORDER = """
     anode_fast.kernels.gpu.activations
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
+    anode_fast.kernels.cpu.lowering
     anode_fast.kernels.cpu.conv
     anode_fast.kernels.cpu.combine
     anode_fast.kernels.cpu.library
