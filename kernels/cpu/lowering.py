@@ -147,12 +147,12 @@ class _Lowering:
         self._lay_out()
         out = self.out
         forward = [i for i in self.recorded if i < self.first and i in self.evaluated]
-        result = self.program.result
-        out.evaluation = self._schedule(forward, result, {})
-        out.recording = self._schedule(self.recorded, result, self.kept)
+        result, dim = self.program.result, self.program.dim
+        out.evaluation = self._schedule(forward, result, dim, {})
+        out.recording = self._schedule(self.recorded, result, dim, self.kept)
         out.forward_panels = len(out.panels)
-        out.product = self._schedule(self.backward, self.vjp.state, self.delta)
-        out.of_time = self._schedule(self.late, self.vjp.time, {})
+        out.product = self._schedule(self.backward, self.vjp.state, dim, self.delta)
+        out.of_time = self._schedule(self.late, self.vjp.time, 1, {})
         out.sums = [
             (s.parameter, self._place(s.left), None if s.right is None else self._place(s.right))
             for s in self.sums
@@ -399,13 +399,14 @@ class _Lowering:
     # --- schedules
 
     def _schedule(
-        self, code: Sequence[int], root: int | None, kept: dict[int, Place]
+        self, code: Sequence[int], root: int | None, width: int, kept: dict[int, Place]
     ) -> list[Group]:
         """Groups that compute real values of `code`, and leave the root in OUT.
 
         Args:
             code: Instructions in an order in which they can run.
             root: The value for OUT; None for zeros.
+            width: Its features.
             kept: Places of values that are needed later.
         """
         real = [i for i in code if self._is_real(i)]
@@ -445,10 +446,9 @@ class _Lowering:
             for i in dying.pop(n, []):
                 allocator.free(i)
         if not to_out:
-            dim = self.program.dim if root is None else self.widths[root]
             zero = Place(LANES, self._lane(-1, 0.0, 1), 0)
             source = zero if root is None else self._place(root)
-            made.append(self._copy(source, Place(OUT, 0, 1), dim))
+            made.append(self._copy(source, Place(OUT, 0, 1), width))
         self.out.scratch_rows = max(self.out.scratch_rows, allocator.rows)
         for i in scratch:
             del self.places[i]
