@@ -8,7 +8,7 @@ import torch
 from anode_fast import fused
 from anode_fast.kernels.gpu import host
 from anode_fast.kernels.gpu.host import NO_WARPGROUPS
-from anode_fast.tableau import RK4
+from anode_fast.tableau import DOPRI5
 
 
 class Kernel:
@@ -55,7 +55,7 @@ def test_the_first_launch_compiles_without_warpgroups(before, monkeypatch):
 def test_what_is_known_is_of_memory_that_is_aligned():
     options = dict(control=0, data_dim=1, rtol=1.0, atol=1.0, safety=0.9, ifactor=10.0)
     options |= dict(dfactor=0.2, max_step=1.0, max_num_steps=9, float_time=0, backwards=0)
-    made = host.Solver(fused._method(RK4), torch.float32, **options)
+    made = host.Solver(fused._method(DOPRI5), torch.float32, **options)
     x = torch.zeros(64)
     assert made._known([x], "one") is made._known([x[4:]], "one")
     assert made._known([x], "one") is not made._known([x], "two")
