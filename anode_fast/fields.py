@@ -40,7 +40,8 @@ class MLPField(nn.Module):
             [hidden_dim, 1 + dim], for the input [t, y].
 
     Attributes:
-        nfe: Evaluations so far. Set it to 0 to count anew.
+        nfe: Evaluations so far, but for those that torch.compile has compiled. Set it to 0 to count
+            anew.
         layers: The nn.Linear layers. `forward` reads their weights and does not call them:
             parametrizations work, forward hooks on them do not run.
 
@@ -95,7 +96,8 @@ class MLPField(nn.Module):
             t, y: As in `forward`.
         """
         # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
-        self.__dict__["nfe"] += 1
+        if not torch.compiler.is_compiling():  # each count would be another graph
+            self.__dict__["nfe"] += 1
         act = _FUNCTIONS[self.activation]
         weight, bias = tensors[:2]
         if y.shape[-1:] != (self.dim,) or y.dim() > 2:
@@ -150,7 +152,8 @@ class ConvField(nn.Module):
             weights are [out, 1 + in, k, k]. Zero padding applies to it as to any channel.
 
     Attributes:
-        nfe: Evaluations so far. Set it to 0 to count anew.
+        nfe: Evaluations so far, but for those that torch.compile has compiled. Set it to 0 to count
+            anew.
         conv1, conv2, conv3: The nn.Conv2d layers. `forward` reads their weights and does not call
             them: parametrizations work, forward hooks on them do not run.
 
@@ -202,7 +205,8 @@ class ConvField(nn.Module):
             tensors: Like what `tensors()` returns.
             t, y: As in `forward`.
         """
-        self.__dict__["nfe"] += 1  # as in MLPField
+        if not torch.compiler.is_compiling():  # as in MLPField
+            self.__dict__["nfe"] += 1
         act = _FUNCTIONS[self.activation]
         w1, b1, w2, b2, w3, b3 = tensors
         if y.dim() != 4 or y.shape[1] != self.channels:
