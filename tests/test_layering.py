@@ -36,6 +36,7 @@ ORDER = """
     anode_fast.kernels.gpu.conv
     anode_fast.kernels.gpu.mlp
     anode_fast.kernels.gpu.activations
+    anode_fast.kernels.gpu.products
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
     anode_fast.kernels.cpu.conv

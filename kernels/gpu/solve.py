@@ -329,9 +329,12 @@ class Solve(host.Solver):
     @staticmethod
     def _arrivals(like: Tensor, programs: int) -> Tensor:
         """Of programs; a single one counts none."""
+        arrivals: Tensor
         if programs == 1:
-            return host.integers((0,), like.device)
-        return host.zeros(like, (1,), torch.int32)
+            arrivals = host.integers((0,), like.device)
+        else:
+            arrivals = host.zeros(like, (1,), torch.int32)
+        return arrivals
 
     def _room(self, x: Tensor, rows: int, is_captured: bool) -> int:
         """Steps for which there are checkpoints at first."""
