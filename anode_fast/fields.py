@@ -44,7 +44,8 @@ class MLPField(nn.Module):
             [hidden_dim, 1 + dim], for the input [t, y].
 
     Attributes:
-        nfe: Evaluations so far. Set it to 0 to count anew.
+        nfe: Evaluations so far, but for those that torch.compile has compiled. Set it to 0 to count
+            anew.
         layers: The nn.Linear layers. `forward` reads their weights and does not call them:
             parametrizations work, forward hooks on them do not run.
 
@@ -122,7 +123,8 @@ class MLPField(nn.Module):
     def count(self, evaluations: int) -> None:
         """Notes evaluations."""
         # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
-        self.__dict__["nfe"] += evaluations
+        if not torch.compiler.is_compiling():  # each count would be another graph
+            self.__dict__["nfe"] += evaluations
 
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every layer, first to last."""
@@ -162,7 +164,8 @@ class ConvField(nn.Module):
             weights are [out, 1 + in, k, k]. Zero padding applies to it as to any channel.
 
     Attributes:
-        nfe: Evaluations so far. Set it to 0 to count anew.
+        nfe: Evaluations so far, but for those that torch.compile has compiled. Set it to 0 to count
+            anew.
         conv1, conv2, conv3: The nn.Conv2d layers. `forward` reads their weights and does not call
             them: parametrizations work, forward hooks on them do not run.
 
@@ -224,7 +227,8 @@ class ConvField(nn.Module):
 
     def count(self, evaluations: int) -> None:
         """Notes evaluations."""
-        self.__dict__["nfe"] += evaluations
+        if not torch.compiler.is_compiling():  # as in MLPField
+            self.__dict__["nfe"] += evaluations
 
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every convolution, first to last."""

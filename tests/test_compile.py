@@ -598,3 +598,20 @@ def test_bad_times(times):
     y = torch.randn(7, 3, dtype=f64)
     got, want = both_messages(last, type(failure(last, y)), y)
     assert got == want
+
+
+@pytest.mark.parametrize("make", [lambda: MLPField(3, 8), lambda: ConvField(3, 4)])
+def test_a_compiled_field_is_compiled_once(make):
+    field, graphs = make(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(field, backend=backend, fullgraph=True)
+    y = torch.randn(2, 3) if isinstance(field, MLPField) else torch.randn(2, 3, 4, 4)
+    t = torch.tensor(0.3)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(t, y), field(t, y))  # which counts
+    assert len(graphs) == 1
+    assert field.nfe == 3

@@ -47,6 +47,7 @@ ORDER = """
     anode_fast.kernels.gpu.products
     anode_fast.kernels.gpu.functions
     anode_fast.kernels.gpu.activations
+    anode_fast.kernels.gpu.products
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
     anode_fast.kernels.cpu.lowering

@@ -80,7 +80,7 @@ def shares(files: Sequence[Path]) -> list[tuple[str, list[str]]]:
         found += [(f"{file}, {i + 1} of {count}", names[i::count]) for i in range(count)]
         if not names:
             found.append((file, [file]))
-    return sorted(found, key=lambda share: -len(share[1]))
+    return found
 
 
 def run(name: str, tests: Sequence[str], out: Path, end: float) -> Row:

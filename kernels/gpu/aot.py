@@ -408,7 +408,8 @@ def compiled(case: Case) -> tuple[Report, str]:
         noted = noted_launch(case)
         driver.set_active(_NotHere(case.arch))
         begin = _seconds()
-        kernel = noted.kernel.warmup(grid=noted.grid, **noted.arguments)
+        with host.without_warpgroups():
+            kernel = noted.kernel.warmup(grid=noted.grid, **noted.arguments)
         report.seconds = _seconds() - begin
         report.shared = kernel.metadata.shared
         report.warps = kernel.metadata.num_warps

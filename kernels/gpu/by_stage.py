@@ -184,7 +184,8 @@ class Solve(host.Solver):
         w2, w2_transposed = (host.empty(like, (parts, 9, N, N), of_parts) for _ in range(2))
         scale = host.empty(like, (1,))
         weights = (w1, w1_time, w2, w2_transposed, scale, b2, w2_time, w3, b3, w3_time)
-        conv.pack[(10,)](parameters=tuple(parameters), weights=weights, F=F)
+        arguments = dict(parameters=tuple(parameters), weights=weights, F=F)
+        host.launch(self._known(parameters, F), conv.pack, (10,), arguments)
         return weights
 
     def _stages(
@@ -318,7 +319,8 @@ class Solve(host.Solver):
                 *self._stages(which, layout, weights, hidden, False, **buffers),
                 (combine.finish, (layout.count,), finish),
             ]
-            return host.Queue(launches, x.device, CHUNKS)
+            known = self._known((x,), "forward", F, layout.launch, keep)
+            return host.Queue(launches, x.device, CHUNKS, known)
 
         launches = 1  # which packs the weights
 
@@ -439,6 +441,7 @@ class Solve(host.Solver):
         F, S, is_fixed = layout.F, self.stages, self.control == FIXED
         state = (layout.total, F.D)
         tableau, settings = self._constants(grad.device)
+        known = self._known((grad,), "discrete", F, layout.launch, wanted)
         product = _Product(layout, checkpoints.weights, grad, wanted)
         cursor = host.zeros(grad, (layout.groups, combine.CURSOR.value + S))
         arguments, stages = (host.empty(grad, (S, *state)) for _ in range(2))
@@ -479,7 +482,7 @@ class Solve(host.Solver):
                     launches += product.launches(
                         arguments[s], _moments(cursor, s), cotangent, adjoints[s], adj_y
                     )
-            return host.Queue(launches, grad.device, CHUNKS)
+            return host.Queue(launches, grad.device, CHUNKS, known)
 
         steps = self._captured_attempts() if forward.later else forward.accepted
         with host.on(grad.device):
@@ -494,7 +497,7 @@ class Solve(host.Solver):
                 **dict(adj_y=adj_y, grad=grad, x_grad=x_grad, DATA=self.data_dim),
                 **dict(B=layout.launch.pixels, D=F.D, **layout.of_images, **layout.launch.options),
             )
-            unwind.gather[(layout.count,)](**gather)
+            host.launch(known, unwind.gather, (layout.count,), gather)
             grads = product.gradients(product.sums[0]) if wanted else []
         result = host.Result(nfe=forward.nfe_again, launches=launches + 1)
         if found := forward.later:
@@ -610,7 +613,9 @@ class Solve(host.Solver):
             programs = triton.cdiv(count, reverse.BLOCK.value)
             commit = dict(sums=product.sums, totals=totals, shares=shares, count=count, S=S)
             launches.append((reverse.commit, (programs,), commit))
-        queued, made = host.Queue(launches, grad.device, CHUNKS), 1
+        # Of each tile there is a number in `of_time`: how many decides where a stage's begin.
+        known = self._known((solution, grad, of_time[1]), "adjoint", F, layout.launch, wanted)
+        queued, made = host.Queue(launches, grad.device, CHUNKS, known), 1
 
         def outcome() -> host.Result:
             return host.adjoint_result(begun, made)

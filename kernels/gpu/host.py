@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +102,19 @@ class Solver:
         ]
         self._max_num_steps = int(min(options["max_num_steps"], 2**31 - 1))
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._compiled: dict[Any, Known] = {}
+
+    def _known(self, tensors: Sequence[Tensor], *settings: Any) -> Known:
+        """What earlier launches have compiled for arguments like these.
+
+        Args:
+            tensors: Those that come from elsewhere: memory made here is where Triton wants it.
+            settings: What decides, beside the solve itself, about the code.
+        """
+        for tensor in tensors:
+            if tensor.data_ptr() % ALIGNMENT:
+                return {}
+        return self._compiled.setdefault((tensors[0].device, *settings), {})
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tableau and settings on the device."""
@@ -141,6 +157,52 @@ class Solver:
 Launching = tuple[Any, tuple[int, ...], dict[str, Any]]
 """A kernel, its grid, and its arguments."""
 
+Known = dict[Any, Any]
+"""Of kernels what Triton has compiled for arguments of one kind."""
+
+NO_WARPGROUPS = "DISABLE_MMA_V3"
+"""What tells Triton so; it is part of the key of its cache."""
+
+ALIGNMENT = 16
+"""Bytes: Triton compiles kernels for pointers that are multiples of it, and for others."""
+
+
+_compiling = threading.RLock()
+
+
+@contextlib.contextmanager
+def without_warpgroups() -> Iterator[None]:
+    """Has Triton compile products for warps, as for Ampere, not for Hopper's groups of warps.
+
+    Of tiles as small as these, versions from 3.6 on make the latter wrongly: results are wrong, or
+    the kernel reads where it may not.
+    """
+    with _compiling:
+        before = os.environ.get(NO_WARPGROUPS)
+        os.environ[NO_WARPGROUPS] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[NO_WARPGROUPS]
+            else:
+                os.environ[NO_WARPGROUPS] = before
+
+
+def launch(known: Known, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+    """Launches a kernel. Gives what is compiled of it, None from the interpreter.
+
+    For Triton to look at the arguments, and for changes of all constants, takes longer than many a
+    solve: that is for the first launch of its kind.
+    """
+    compiled = known.get(kernel)
+    if compiled is None:
+        with without_warpgroups():
+            compiled = known[kernel] = kernel[grid](**arguments)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
+    return compiled
+
 
 class Queue:
     """Launches, to be made in the same order again and again with the same arguments.
@@ -151,6 +213,7 @@ class Queue:
         device: Where.
         chunks: Rounds of them to queue at first, and later, before the host looks; None if one
             round is all it takes.
+        known: What is compiled for arguments like these.
     """
 
     def __init__(
@@ -158,11 +221,12 @@ class Queue:
         launches: Sequence[Launching],
         device: torch.device,
         chunks: tuple[int, int] | None,
+        known: Known,
     ) -> None:
         self._launches = launches
         self._device = device
         self._rounds = chunks
-        self._compiled: dict[Any, Any] = {}
+        self._known = known
         self._again: list[Callable[[], None]] = []
         self._chunks = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -178,21 +242,11 @@ class Queue:
         return count * self.size
 
     def _launch_first(self) -> None:
-        """The first round. Spares Triton to look at all arguments in the later ones."""
         for kernel, grid, arguments in self._launches:
-            is_new = kernel not in self._compiled
-            if is_new:
-                self._compiled[kernel] = kernel[grid](**arguments)
-            compiled = self._compiled[kernel]
-            if not compiled:  # the interpreter
-                if not is_new:
-                    kernel[grid](**arguments)
-                continue
-            values = [arguments[name] for name in kernel.arg_names]
-            again = functools.partial(compiled[(*grid, 1, 1)[:3]], *values)
-            if not is_new:
-                again()
-            self._again.append(again)
+            compiled = launch(self._known, kernel, grid, arguments)
+            if compiled and self._rounds:
+                values = [arguments[name] for name in kernel.arg_names]
+                self._again.append(functools.partial(compiled[(*grid, 1, 1)[:3]], *values))
 
     @property
     def size(self) -> int:

@@ -124,25 +124,31 @@ class Solve(host.Solver):
             functions = generate.load(self.field, F.N, F.K)
         return functions, F, config
 
-    def _arguments(self, kernel: str, x: Tensor, rows: int) -> tuple[dict[str, Any], int]:
-        """What the forward kernels have in common, and the number of programs."""
+    def _arguments(
+        self, kernel: str, x: Tensor, parameters: tuple[Tensor, ...], keep: bool
+    ) -> tuple[dict[str, Any], int, host.Known]:
+        """What the forward kernels have in common, the number of programs, what is compiled."""
+        rows = x.shape[0]
         functions, F, config = self._configuration(kernel, x.device, rows)
         S, B = self.stages, config.rows
         programs = max(1, triton.cdiv(rows, B))
         size = S * B * F.D + F.record_size(B)
         tableau, settings = self._constants(x.device)
-        return dict(
+        arguments = dict(
             x=x,
             tableau=tableau,
             settings=settings,
             scratch=host.empty(x, (programs, size)),
             x_stride=x.stride(0),
             rows=rows,
-            **dict(EVALUATE=functions.evaluate, F=F, DIM=self.dim, DATA=self.data_dim),
-            **dict(S=S, B=B, D=F.D),
-            SCRATCH=size,
+            **dict(
+                EVALUATE=functions.evaluate, F=F, DIM=self.dim, DATA=self.data_dim, S=S, B=B, D=F.D
+            ),
+            **dict(weights=parameters, SCRATCH=size, KEEP=keep),
             **config.options,
-        ), programs
+        )
+        known = self._known((x, *parameters), kernel, F, config, keep, programs == 1)
+        return arguments, programs, known
 
     def _fixed(
         self,
@@ -153,15 +159,14 @@ class Solve(host.Solver):
         keep: bool,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows, num_steps = x.shape[0], len(grid) - 1
-        arguments, programs = self._arguments("fixed", x, rows)
+        arguments, programs, known = self._arguments("fixed", x, parameters, keep)
         plan = host.plan_of(times, grid, self.stages, self.method.last_on_demand)
         times_on, ends_on = (host.doubles(values, x.device) for values in (times, grid))
         plan_on = host.integers(plan, x.device)
         out = host.empty(x, (len(times), rows, self.dim))
         states = host.empty(x, (num_steps if keep else 0, 2, rows, self.dim))
         control = host.zeros(x, (programs, host.CONTROL))
-        runge_kutta.fixed[(programs,)](
-            weights=parameters,
+        arguments |= dict(
             times=times_on,
             ends=ends_on,
             plan=plan_on,
@@ -170,9 +175,8 @@ class Solve(host.Solver):
             control=control,
             num_times=len(times),
             num_steps=num_steps,
-            KEEP=keep,
-            **arguments,
         )
+        host.launch(known, runge_kutta.fixed, (programs,), arguments)
         evaluations = sum(last - first for _, _, first, last in plan)
         result = host.Result(nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=1)
         if not host.never_waits(x.device):
@@ -194,7 +198,7 @@ class Solve(host.Solver):
         keep: bool,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows = x.shape[0]
-        arguments, programs = self._arguments("adaptive", x, rows)
+        arguments, programs, known = self._arguments("adaptive", x, parameters, keep)
         is_captured = host.is_captured(x.device)
         times_on = host.doubles(times, x.device)
         out = host.empty(x, (len(times), rows, self.dim))
@@ -203,12 +207,11 @@ class Solve(host.Solver):
         steps = host.empty(x, (capacity, 2), torch.float64)
         control = host.zeros(x, (host.CONTROL,))
         sums = host.empty(x, (programs, runge_kutta.SUMS.value), torch.float64)
-        arrivals = host.zeros(x, (1,), torch.int32)
+        arrivals = self._arrivals(x, programs)
         launches = 0
 
         def queue() -> host.Queue:
             arguments_of = dict(
-                weights=parameters,
                 times=times_on,
                 out=out,
                 states=states,
@@ -219,12 +222,12 @@ class Solve(host.Solver):
                 num_times=len(times),
                 capacity=capacity,
                 programs=programs,
-                KEEP=keep,
                 LOOP=programs == 1,
                 **arguments,
             )
             chunks = None if programs == 1 else (host.FIRST_CHUNK, host.CHUNK)
-            return host.Queue([(runge_kutta.adaptive, (programs,), arguments_of)], x.device, chunks)
+            launches = [(runge_kutta.adaptive, (programs,), arguments_of)]
+            return host.Queue(launches, x.device, chunks, known)
 
         def outcome() -> host.Result:
             state = control.tolist()
@@ -275,7 +278,7 @@ class Solve(host.Solver):
         keep: bool,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows = x.shape[0]
-        arguments, programs = self._arguments("by_row", x, rows)
+        arguments, programs, known = self._arguments("by_row", x, parameters, keep)
         is_captured = host.is_captured(x.device)
         times_on = host.doubles(times, x.device)
         out = host.empty(x, (len(times), rows, self.dim))
@@ -286,8 +289,7 @@ class Solve(host.Solver):
         row_control = host.zeros(x, (5, programs * arguments["B"]))
         launches = 0
         while True:
-            runge_kutta.adaptive_by_row[(programs,)](
-                weights=parameters,
+            arguments |= dict(
                 times=times_on,
                 out=out,
                 states=states,
@@ -296,9 +298,8 @@ class Solve(host.Solver):
                 row_control=row_control,
                 num_times=len(times),
                 capacity=capacity,
-                KEEP=keep,
-                **arguments,
             )
+            host.launch(known, runge_kutta.adaptive_by_row, (programs,), arguments)
             launches += 1
             if is_captured or not (control[:, host.STATUS] == controller.FULL.value).any():
                 break
@@ -344,6 +345,16 @@ class Solve(host.Solver):
         result.nfe_again = int(state[:, controller.ACCEPTED.value].max()) * (self.stages - 1) + 1
         return result
 
+    @staticmethod
+    def _arrivals(like: Tensor, programs: int) -> Tensor:
+        """Of programs; a single one counts none."""
+        arrivals: Tensor
+        if programs == 1:
+            arrivals = host.integers((0,), like.device)
+        else:
+            arrivals = host.zeros(like, (1,), torch.int32)
+        return arrivals
+
     def _room(self, x: Tensor, rows: int, is_captured: bool) -> int:
         """Steps for which there are checkpoints at first."""
         size = 2 * rows * self.dim * x.element_size()
@@ -382,8 +393,9 @@ class Solve(host.Solver):
         wanted &= F.weights > 0
         count = F.weights if wanted else 0
         sums = host.zeros(grad, (programs, count), self.dtype)
+        known = self._known((grad, *parameters), F, config, checkpoints.tile, wanted)
         with host.on(grad.device):
-            adjoint.discrete_gradient[(programs,)](
+            arguments = dict(
                 weights=tuple(parameters),
                 tableau=tableau,
                 settings=settings,
@@ -408,6 +420,7 @@ class Solve(host.Solver):
                 BY_ROW=self.control == SAMPLE,
                 **config.options,
             )
+            host.launch(known, adjoint.discrete_gradient, (programs,), arguments)
             grads = self._reduced(sums, parameters) if wanted else []
         forward, launches = checkpoints.result, 2 if wanted else 1
         result = host.Result(nfe=forward.nfe_again, launches=launches)
@@ -473,6 +486,8 @@ class Solve(host.Solver):
     ) -> tuple[Tensor, Sequence[Tensor | None], host.Result]:
         rows, S = solution.shape[1], self.stages
         shared, functions, F, tiles = self._adjoint_arguments(grad, parameters, rows)
+        tensors = (solution, grad, *parameters)
+        known = self._known(tensors, F, shared["B"], shared["num_warps"], wanted)
         record = F.record_size(shared["B"])
         size = (2 * S + 2) * shared["B"] * F.D + S * record + S
         programs = min(tiles, host.most_programs(grad.device))
@@ -481,7 +496,7 @@ class Solve(host.Solver):
         x_grad = host.empty(grad, (rows, self.data_dim))
         control = host.zeros(grad, (tiles, host.CONTROL))
         sums = host.zeros(grad, (programs, F.weights if wanted else 0), self.dtype)
-        continuous.fixed[(programs,)](
+        arguments = dict(
             ends=host.doubles(ends, grad.device),
             plan=host.integers(pieces, grad.device),
             solution=solution,
@@ -497,6 +512,7 @@ class Solve(host.Solver):
             **dict(DATA=self.data_dim, SCRATCH=size),
             **shared,
         )
+        host.launch(known, continuous.fixed, (programs,), arguments)
         grads = self._reduced(sums, parameters) if wanted else [None] * len(parameters)
         accepted = max(len(ends) - 1, 0)
         launches = 2 if wanted else 1
@@ -520,6 +536,8 @@ class Solve(host.Solver):
         rows, S, pieces = solution.shape[1], self.stages, len(times) - 1
         is_captured = host.is_captured(grad.device)
         shared, functions, F, programs = self._adjoint_arguments(grad, parameters, rows)
+        tensors = (solution, grad, *parameters)
+        known = self._known(tensors, F, shared["B"], shared["num_warps"], wanted, programs == 1)
         times_on = host.doubles(times, grad.device)
         record = F.record_size(shared["B"])
         size = 2 * S * shared["B"] * F.D + record
@@ -534,7 +552,7 @@ class Solve(host.Solver):
         state = host.zeros(grad, (host.CONTROL + continuous.PROGRESS.value,))
         control, progress = state[: host.CONTROL], state[host.CONTROL :]
         attempt_sums = host.empty(grad, (programs, continuous.SUMS.value), torch.float64)
-        arrivals = host.zeros(grad, (1,), torch.int32)
+        arrivals = self._arrivals(grad, programs)
         # A program for each step of a tile would leave too many sums to add up.
         at_once = min(programs * STEPS_AT_ONCE, host.most_programs(grad.device))
         sums = host.zeros(grad, (at_once, F.weights if wanted else 0), self.dtype)
@@ -564,13 +582,12 @@ class Solve(host.Solver):
                 **shared,
             )
             chunks = None if programs == 1 else (host.FIRST_CHUNK, host.CHUNK)
-            return host.Queue(
-                [(continuous.adaptive, (programs,), arguments_of)], grad.device, chunks
-            )
+            launches = [(continuous.adaptive, (programs,), arguments_of)]
+            return host.Queue(launches, grad.device, chunks, known)
 
         def weight_gradients() -> list[Tensor]:
             """Queued before it is known that the solve has ended; they do nothing until then."""
-            continuous.quadrature[(at_once,)](
+            arguments_of = dict(
                 times=times_on,
                 states=states,
                 steps=steps,
@@ -583,6 +600,7 @@ class Solve(host.Solver):
                 SCRATCH=size_again,
                 **shared,
             )
+            host.launch(known, continuous.quadrature, (at_once,), arguments_of)
             return self._reduced(sums, parameters)
 
         def outcome() -> host.Result:
@@ -633,13 +651,13 @@ class Solve(host.Solver):
             max(1, triton.cdiv(rows, config.rows)),
         )
 
-    @staticmethod
-    def _reduced(sums: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def _reduced(self, sums: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The programs' weight gradients added up, shaped as the parameters."""
         programs, count = sums.shape
         flat = host.empty(sums, (count,))
         blocks = triton.cdiv(count, adjoint.BLOCK.value)
-        adjoint.reduce[(blocks,)](sums=sums, out=flat, programs=programs, WEIGHTS=count)
+        arguments = dict(sums=sums, out=flat, programs=programs, WEIGHTS=count)
+        host.launch(self._known((sums,)), adjoint.reduce, (blocks,), arguments)
         parts = flat.split([p.numel() for p in parameters])
         return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
