@@ -20,6 +20,9 @@ MODELS = {
     "trajectory": (lambda: Trajectory(), (7, 3)),
 }
 
+# torch itself, in 2.11.
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec")
+
 every_model = pytest.mark.parametrize("model", MODELS)
 
 
