@@ -21,7 +21,9 @@ MODELS = {
 }
 
 # torch itself, in 2.11.
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*treespec, LeafSpec", "ignore:The given buffer is not writable"
+)
 
 every_model = pytest.mark.parametrize("model", MODELS)
 
