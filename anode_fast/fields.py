@@ -7,7 +7,7 @@ share of an affine layer is known without reading the state: it goes into the bi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn, cast
+from typing import NoReturn, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from anode_fast.errors import InvalidArgument, InvalidType
-from anode_fast.spec import ConvSpec, MLPSpec, check_activation, size
+from anode_fast.kernels.program import evaluate as evaluate_program
+from anode_fast.spec import ConvSpec, MLPSpec, Spec, check_activation, program_of, size
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -240,6 +241,64 @@ class ConvField(nn.Module):
     def extra_repr(self) -> str:
         """For `repr`."""
         return f"activation={self.activation!r}, time_dependent={self.time_dependent}"
+
+
+class SpecField:
+    """A field given by its spec and tensors, without a module.
+
+    Args:
+        specs: What it is; several forms of it, for the same tensors, the most special one first.
+        tensors: As the specs name them.
+
+    Attributes:
+        specs: The same.
+        nfe: Evaluations so far.
+    """
+
+    def __init__(self, specs: Sequence[Spec], tensors: Sequence[Tensor]) -> None:
+        self.specs = tuple(specs)
+        self.nfe = 0
+        self._tensors = list(tensors)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt, as `evaluate` gives it with the field's tensors."""
+        return self.evaluate(self.tensors(), t, y)
+
+    def spec(self) -> Spec:
+        """The most special form."""
+        return self.specs[0]
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that the specs take."""
+        return self._tensors
+
+    def signature(self) -> tuple[object, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return self.specs
+
+    def evaluate(self, tensors: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt by PyTorch's operations, with these tensors. Differentiable.
+
+        Args:
+            tensors: Like what `tensors()` returns.
+            t: Time, 0-d, or [batch, 1, ...].
+            y: State, [*batch, dim], or an image.
+        """
+        self.count(1)
+        spec = self.specs[-1]
+        if isinstance(spec, ConvSpec):
+            return evaluate_convolutions(spec, tensors, t, y)
+        program = program_of(spec) if isinstance(spec, MLPSpec) else spec
+        value: Tensor = evaluate_program(program, tensors, t, y.reshape(-1, program.dim))
+        return value.reshape(y.shape)
+
+    def count(self, evaluations: int) -> None:
+        """Notes evaluations."""
+        self.nfe += evaluations
+
+
+Known: TypeAlias = MLPField | ConvField | SpecField
+"""Fields that kernels know."""
 
 
 def evaluate_convolutions(

@@ -17,7 +17,7 @@ from anode_fast import adjoint, any_field, fused, reference, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.convolution import NativeConvField
 from anode_fast.errors import InvalidArgument, InvalidType
-from anode_fast.fields import ConvField, MLPField
+from anode_fast.fields import Known
 from anode_fast.plan import FIELDS, Plan, choose, describe
 from anode_fast.problem import (
     ADAPTIVE,
@@ -29,8 +29,8 @@ from anode_fast.problem import (
     State,
     make_problem,
 )
-from anode_fast.recognize import Recognized, recognize, refuse
-from anode_fast.spec import ConvSpec
+from anode_fast.recognize import Recognized, for_graph, recognize, refuse
+from anode_fast.spec import ConvSpec, described
 from anode_fast.stats import GraphStats, SolveStats
 
 Options = Mapping[str, Any]
@@ -256,7 +256,7 @@ class Settings:
         self,
         problem: Problem,
         backward: AdjointOptions,
-        field: MLPField | ConvField | Recognized | None,
+        field: Known | None,
         unknown: str,
     ) -> Plan:
         """How the call will be carried out.
@@ -318,9 +318,13 @@ def solve(
         with torch.autocast(x.device.type, enabled=False):
             return solve(known, fused.widened(x), t, settings, columns)
     if torch.compiler.is_compiling() or _is_abstract(x):
-        if known is not None and isinstance(x, Tensor):
-            if _can_compile(known, x, t, settings, columns):
-                return _compiled(known, x, t, settings, columns)
+        if isinstance(x, Tensor) and _can_compile(func, x, t, settings):
+            if known is not None and _takes(known, x, columns):
+                return _compiled(
+                    (described(known.spec()),), known.tensors(), x, t, settings, columns
+                )
+            if known is None and (found := _in_graph(func, x, columns)) is not None:
+                return _compiled(*found, x, t, settings, columns)
         if torch.compiler.is_dynamo_compiling():
             outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
             return outside
@@ -342,9 +346,9 @@ def solve(
         return _solve_known(None, why, func, x, t, settings, columns)
 
 
-def _of_ours(func: Field) -> MLPField | ConvField | None:
+def _of_ours(func: Field) -> Known | None:
     """A field that the kernels know as it is."""
-    return func if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS else None
+    return func if isinstance(func, FIELDS) and type(func) in FIELDS else None
 
 
 class _OnRows:
@@ -382,7 +386,7 @@ def _recognized(
 
 
 def _solve_known(
-    known: MLPField | ConvField | Recognized | None,
+    known: Known | None,
     unknown: str,
     func: Field,
     x: State,
@@ -450,7 +454,7 @@ def _solve_known(
 
 
 def _expected(
-    known: MLPField | ConvField | Recognized | None,
+    known: Known | None,
     func: Field,
     x: Tensor,
     t: Tensor,
@@ -496,48 +500,79 @@ def _uncompiled(
     return solve(func, x, t, settings, columns)
 
 
-def _can_compile(
-    known: MLPField | ConvField, x: Tensor, t: Tensor, settings: Settings, columns: int
-) -> bool:
-    """Whether the operator can carry out the call. All this is known when the graph is traced."""
-    spec = known.spec()
-    dims, width = (4, spec.channels) if isinstance(spec, ConvSpec) else (2, spec.dim)
+def _in_graph(func: Field, x: Tensor, columns: int) -> tuple[Any, list[Tensor]] | None:
+    """A user's module as a graph knows it, if the kernels do: its specs described, and tensors."""
+    if not isinstance(func, nn.Module) or x.dim() not in (2, 4):
+        return None
+    shape = (x.shape[1] + columns, *x.shape[2:])
+    specs, tensors, attributes = _for_graph(func, shape, x.dtype, str(x.device))
+    if not specs:
+        return None
+    for path, name in attributes:  # so that the graph is made anew when they change
+        getattr(_inside(func, path), name)
+    return specs, [getattr(_inside(func, path), name) for path, name in tensors]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _for_graph(
+    func: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> tuple[Any, tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """What `for_graph` finds: specs described, tensors and attributes as module and name."""
+    found = for_graph(func, shape, dtype, torch.device(device))
+    tensors = tuple((path, name) for path, _, name in (x.rpartition(".") for x in found.tensors))
+    return tuple(map(described, found.specs)), tensors, found.attributes
+
+
+def _inside(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
+def _can_compile(func: Field, x: Tensor, t: Tensor, settings: Settings) -> bool:
+    """Whether an operator can carry out a call. All this is known when the graph is traced."""
     given = settings.adjoint or AdjointArguments()
     options = [*(settings.options or {}).values(), *(given.options or {}).values()]
     return (
         settings.key() is not None
         and all(type(v) is not torch.dtype and v != math.inf for v in options)
-        and x.dim() == dims
-        and x.shape[1] + columns == width
         and x.is_floating_point()
         and t.is_floating_point()
         and not t.requires_grad
-        and not fused.has_callbacks(known)
-        and not fused.has_hooks(known)
-        and all(isinstance(p, Tensor) for p in known.tensors())  # no bias: None
+        and not fused.has_callbacks(func)
+        and not (isinstance(func, nn.Module) and fused.has_hooks(func))
     )
+
+
+def _takes(known: Known, x: Tensor, columns: int) -> bool:
+    """Whether a field fits a state, and has all its tensors."""
+    spec = known.spec()
+    dims, width = (4, spec.channels) if isinstance(spec, ConvSpec) else (2, spec.dim)
+    fits = x.dim() == dims and x.shape[1] + columns == width
+    return fits and all(isinstance(p, Tensor) for p in known.tensors())  # no bias: None
 
 
 def _compiled(
-    known: MLPField | ConvField, x: Tensor, t: Tensor, settings: Settings, columns: int
+    specs: tuple[Any, ...],
+    tensors: Sequence[Tensor],
+    x: Tensor,
+    t: Tensor,
+    settings: Settings,
+    columns: int,
 ) -> tuple[Tensor, SolveStats]:
     """A solve as one node of a graph. See operators.py, which reads the string."""
-    spec, given = known.spec(), settings.adjoint
-    sizes = (
-        (spec.channels, spec.num_filters) if isinstance(spec, ConvSpec) else (spec.dim, spec.hidden)
-    )
     adjoint = None
-    if given is not None:
+    if (given := settings.adjoint) is not None:
         adjoint = (given.rtol, given.atol, given.method, _pairs(given.options))
     call = (
-        (*sizes, spec.activation, spec.time_dependent),
+        specs,
         columns,
         (
             *(settings.rtol, settings.atol, settings.method, _pairs(settings.options)),
             *(settings.backend, settings.step_control, settings.gradient, adjoint),
         ),
     )
-    solution, counts = torch.ops.anode_fast.solve(x, known.tensors(), t, f"{call}")
+    solution, counts = torch.ops.anode_fast.solve(x, tensors, t, f"{call}")
     method = settings.method or "dopri5"
     return solution, SolveStats(method=method) if _is_abstract(solution) else GraphStats(
         method, counts
@@ -725,7 +760,7 @@ def explain(
 
 
 def _explained(
-    known: MLPField | ConvField | Recognized | None,
+    known: Known | None,
     unknown: str,
     func: Field,
     y0: State,

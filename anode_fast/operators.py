@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from anode_fast import fused
-from anode_fast.fields import ConvField, MLPField
+from anode_fast.fields import SpecField
 from anode_fast.odeint import AdjointArguments, Settings, solve
+from anode_fast.spec import Spec, from_description
 from anode_fast.stats import NUM_COUNTS, SolveStats, counted
 
 _ops = torch.library.Library("anode_fast", "DEF")
@@ -44,37 +45,23 @@ for _name, _schema in {
 
 
 @functools.lru_cache(maxsize=256)
-def _recipe(call: str) -> tuple[dict[str, Any], type, int, Settings]:
-    """A field without weights (its attributes and type), appended columns and the settings."""
-    spec, columns, (rtol, atol, method, options, *names, adjoint) = ast.literal_eval(call)
+def _recipe(call: str) -> tuple[tuple[Spec, ...], int, Settings]:
+    """What a field is, appended columns, and the settings."""
+    specs, columns, (rtol, atol, method, options, *names, adjoint) = ast.literal_eval(call)
     settings = Settings(rtol, atol, method, dict(options or ()), None, *names)
     if adjoint is not None:
         of_rtol, of_atol, of_method, own = adjoint
         own = None if own is None else dict(own)
         settings.adjoint = AdjointArguments(of_rtol, of_atol, of_method, own)
-    with torch.device("meta"):
-        if isinstance(spec[1], tuple):
-            dim, hidden, activation, has_time = spec
-            field: MLPField | ConvField = MLPField(
-                *(dim, hidden[0]),
-                num_hidden=len(hidden),
-                activation=activation,
-                time_dependent=has_time,
-            )
-        else:
-            channels, filters, activation, has_time = spec
-            field = ConvField(channels, filters, activation=activation, time_dependent=has_time)
-    return vars(field.requires_grad_(False)), type(field), columns, settings
+    return tuple(map(from_description, specs)), columns, settings
 
 
 def _solve(
     x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
 ) -> tuple[Tensor, SolveStats]:
     """The eager solve."""
-    attributes, kind, columns, settings = _recipe(call)
-    field: Any = object.__new__(kind)
-    vars(field).update(attributes, nfe=0, tensors=lambda: list(parameters))
-    solution, stats = solve(field, x, t, settings, columns)
+    specs, columns, settings = _recipe(call)
+    solution, stats = solve(SpecField(specs, parameters), x, t, settings, columns)
     return solution, stats
 
 
@@ -209,8 +196,8 @@ for _key in ("CPU", "CUDA"):
 def _solve_fake(
     x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
 ) -> tuple[Tensor, Tensor]:
-    # The last bias is as wide as the state.
-    solution = x.new_empty((t.shape[0], x.shape[0], parameters[-1].shape[0], *x.shape[2:]))
+    _, columns, _ = _recipe(call)
+    solution = x.new_empty((t.shape[0], x.shape[0], x.shape[1] + columns, *x.shape[2:]))
     return solution, torch.empty(NUM_COUNTS, dtype=torch.int64, device="cpu")
 
 

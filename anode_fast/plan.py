@@ -17,7 +17,7 @@ from torch import Tensor
 from anode_fast import any_field, convolution, fused, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
-from anode_fast.fields import ConvField, MLPField
+from anode_fast.fields import ConvField, Known, MLPField, SpecField
 from anode_fast.kernels import gpu
 from anode_fast.kernels.cpu import library
 from anode_fast.problem import ADAMS, ADAPTIVE, SCIPY, Problem
@@ -28,7 +28,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 GRADIENTS = ("auto", "autograd", "discrete", "continuous")
 STEP_CONTROLS = ("batch", "sample")
 
-FIELDS = (MLPField, ConvField)
+FIELDS = (MLPField, ConvField, SpecField)
 """What the kernels know. Of a subclass they do not know what it does."""
 
 _NO_GPU = "the state is not on a GPU"
@@ -70,7 +70,7 @@ def choose(
     is_adjoint: bool = False,
     has_adjoint_options: bool = False,
     params: Sequence[Tensor] | None = None,
-    field: MLPField | ConvField | Recognized | None = None,
+    field: Known | None = None,
     unknown: str = "",
 ) -> Plan:
     """The plan for a call.
@@ -138,7 +138,7 @@ def choose(
 
 def _choose_backend(
     problem: Problem,
-    field: MLPField | ConvField | Recognized | None,
+    field: Known | None,
     unknown: str,
     backend: str,
     gradient: str,
@@ -153,7 +153,7 @@ def _choose_backend(
     specs: tuple[Spec, ...] = ()
     tensors: Sequence[Tensor] = ()
     if field is not None:
-        specs = field.specs if isinstance(field, Recognized) else (field.spec(),)
+        specs = field.specs if isinstance(field, SpecField) else (field.spec(),)
         tensors = field.tensors()
     reasons: dict[str, str] = {}
     for name in ("cpu", "triton"):
@@ -167,7 +167,11 @@ def _choose_backend(
             if not why and backend in ("auto", name):
                 return name, spec, (_how(name, problem, spec, by_row),)
             reasons[name] = why
-        if name == "triton" and backend in ("auto", name) and not isinstance(field, FIELDS):
+        if (
+            name == "triton"
+            and backend in ("auto", name)
+            and (field is None or isinstance(field, Recognized))
+        ):
             why = _why_not_any_field(problem, backend, of_reference, by_row)
             if not why:
                 return "triton", None, (_ANY_FIELD, f"backend: not in one call: {reasons[name]}")

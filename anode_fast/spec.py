@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from anode_fast.errors import InvalidArgument, InvalidType
-from anode_fast.kernels.program import Program
+from anode_fast.kernels.program import STATE, TIME, Instruction, Program
 
 ACTIVATIONS = ("relu", "softplus", "tanh", "sigmoid", "silu", "gelu", "elu", "identity")
 """Names of the activations. They mean torch.nn.functional's with default arguments: softplus with
@@ -110,3 +111,40 @@ class ConvSpec:
 
 Spec: TypeAlias = MLPSpec | ConvSpec | Program
 """Any field that a kernel can run."""
+
+
+@functools.lru_cache(maxsize=256)
+def program_of(spec: MLPSpec) -> Program:
+    """A perceptron as a program. Its tensors are weight and bias of every layer, first to last."""
+    code, shapes, value, inputs = [], [], STATE, spec.dim
+    if spec.time_dependent:
+        value, inputs = 2, 1 + spec.dim
+        code.append(Instruction("join", (TIME, STATE), inputs))
+    alpha = 1.0 if spec.activation == "elu" else 0.0
+    for layer, width in enumerate((*spec.hidden, spec.dim)):
+        code.append(Instruction("linear", (value,), width, (2 * layer, 2 * layer + 1)))
+        shapes += [(width, inputs), (width,)]
+        value, inputs = len(code) + 1, width
+        if layer < len(spec.hidden) and spec.activation != "identity":
+            code.append(Instruction(spec.activation, (value,), width, (), alpha))
+            value += 1
+    return Program(spec.dim, tuple(shapes), tuple(code))
+
+
+def described(spec: Spec) -> tuple[Any, ...]:
+    """A spec as nested tuples of names and numbers. `from_description` makes it of them."""
+    if isinstance(spec, MLPSpec):
+        return "mlp", spec.dim, spec.hidden, spec.activation, spec.time_dependent
+    if isinstance(spec, ConvSpec):
+        return "conv", spec.channels, spec.num_filters, spec.activation, spec.time_dependent
+    code = tuple((x.op, x.inputs, x.width, x.parameters, x.number) for x in spec.code)
+    return "program", spec.dim, spec.shapes, code
+
+
+def from_description(described: tuple[Any, ...]) -> Spec:
+    """The spec that `described` had."""
+    kind, *given = described
+    if kind == "program":
+        dim, shapes, code = given
+        return Program(dim, shapes, tuple(Instruction(*x) for x in code))
+    return MLPSpec(*given) if kind == "mlp" else ConvSpec(*given)

@@ -33,6 +33,7 @@ ORDER = """
     anode_fast.kernels.gpu.by_stage
     anode_fast.kernels.gpu.any_field
     anode_fast.kernels.gpu.launch
+    anode_fast.kernels.gpu.generate
     anode_fast.kernels.gpu.host
     anode_fast.kernels.gpu.reverse
     anode_fast.kernels.gpu.unwind
@@ -43,9 +44,12 @@ ORDER = """
     anode_fast.kernels.gpu.controller
     anode_fast.kernels.gpu.conv
     anode_fast.kernels.gpu.mlp
+    anode_fast.kernels.gpu.products
+    anode_fast.kernels.gpu.functions
     anode_fast.kernels.gpu.activations
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
+    anode_fast.kernels.cpu.lowering
     anode_fast.kernels.cpu.conv
     anode_fast.kernels.cpu.combine
     anode_fast.kernels.cpu.library

@@ -9,13 +9,14 @@ compares its first evaluation with the callable's own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from anode_fast.fields import evaluate_convolutions
-from anode_fast.kernels import program as programs
-from anode_fast.kernels.program import Program
+from anode_fast.fields import SpecField
 from anode_fast.recognize.images import Images
 from anode_fast.recognize.rows import Rows, as_mlp
 from anode_fast.recognize.surroundings import Surroundings
 from anode_fast.recognize.trace import NotKnown, Weights, name_of
-from anode_fast.spec import ConvSpec, Spec
+from anode_fast.spec import Spec
 
 CHECKED_ROWS = 8
 """Rows of a batch of known size at which a solve calls the user's code."""
@@ -48,13 +47,11 @@ class Lowered:
 
     Attributes:
         specs: Forms of it, the most special one first.
-        program: The general form; None for convolutions.
         leaves: Tensors that the field holds, as they were when it was traced.
         prepare: Maps the leaves to the tensors that the specs take; None: they are those.
     """
 
     specs: tuple[Spec, ...]
-    program: Program | None
     leaves: tuple[Tensor, ...]
     prepare: fx.GraphModule | None
 
@@ -72,42 +69,31 @@ def lower(graph: fx.GraphModule, y: Tensor) -> Lowered:
     weights = Weights(graph)
     if y.dim() == 4 and any(name_of(x) == "convolution.default" for x in graph.graph.nodes):
         spec, nodes = Images(weights, y).lower()
-        return Lowered((spec,), None, *weights.finish(nodes))
+        return Lowered((spec,), *weights.finish(nodes))
     program, nodes = Rows(weights, y).lower()
     mlp = as_mlp(program)
     leaves, prepare = weights.finish(nodes)
-    return Lowered((program,) if mlp is None else (mlp, program), program, leaves, prepare)
+    return Lowered((program,) if mlp is None else (mlp, program), leaves, prepare)
 
 
 _numbers = itertools.count()
 
 
-class Recognized:
-    """A user's callable as a field, in the place of an MLPField or a ConvField.
-
-    Attributes:
-        specs: What kernels may run, the most special form first.
-        nfe: Evaluations made in the callable's place.
-    """
+class Recognized(SpecField):
+    """A user's callable as a field that the kernels know."""
 
     def __init__(self, lowered: Lowered, around: Surroundings) -> None:
-        self.specs = lowered.specs
+        super().__init__(lowered.specs, ())
         self._signature = (next(_numbers),)
-        self.nfe = 0
-        self.program = lowered.program
         self._around = around
         self._prepare = lowered.prepare
         self._getters = [around.getter(leaf) for leaf in lowered.leaves]
         self._checked: set[int] = set()
         self._whole_batch = False
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> tuple[object, ...]:
         """What two fields have in common that the kernels run alike, but for the tensors."""
         return self._signature
-
-    def spec(self) -> Spec:
-        """The most special form."""
-        return self.specs[0]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that the specs take, as they are now."""
@@ -120,23 +106,6 @@ class Recognized:
     def leaves(self) -> list[Tensor]:
         """The tensors that the callable holds, of which the others are made."""
         return [get() for get in self._getters]
-
-    def evaluate(self, tensors: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
-        """dy/dt by PyTorch's operations, with these tensors. Differentiable.
-
-        Args:
-            tensors: Like what `tensors()` returns.
-            t: Time, 0-d, or [batch, 1, ...].
-            y: State.
-        """
-        self.count(1)
-        spec = self.specs[0]
-        if isinstance(spec, ConvSpec):
-            return evaluate_convolutions(spec, tensors, t, y)
-        assert self.program is not None
-        rows = y.reshape(-1, self.program.dim)
-        value: Tensor = programs.evaluate(self.program, tensors, t, rows)
-        return value.reshape(y.shape)
 
     def count(self, evaluations: int) -> None:
         """Notes evaluations, in the counters that the callable's own code keeps too."""
@@ -193,16 +162,13 @@ class Recognized:
         found = []
         self._around.accept()
         try:
-            found = [_derivatives(call, t, y, wanted) for call in (func, self._now)]
+            found = [_derivatives(call, t, y, wanted) for call in (func, self)]
         finally:
             self._around.restore()
         for i, (theirs, ours) in enumerate(zip(*found, strict=True)):
             if theirs.shape != ours.shape or not _close(theirs, ours):
                 what = "gradient" if i else "value"
                 raise NotKnown(f"its {what} is not that of the operations in its trace")
-
-    def _now(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.evaluate(self.tensors(), t, y)
 
 
 class _Known:
@@ -245,9 +211,63 @@ def recognize(func: Callable[..., Any], t: float, y: Tensor) -> Recognized | str
     if key not in known.fields:
         if len(known.fields) >= MOST_KEPT:
             known.fields.clear()
-        with _disable_current_modes():  # of the user, who does not ask for these operations
+        with _apart():
             known.fields[key] = _look_at(func, t, y, known)
     return known.fields[key]
+
+
+@dataclass(frozen=True)
+class ForGraph:
+    """A module as a graph of torch.compile or torch.export knows it, in names and numbers.
+
+    Attributes:
+        specs: What it is; empty if the kernels do not know it.
+        tensors: Names of the tensors that the specs take, "net.0.weight", say.
+        attributes: Names of modules and their attributes that its code may look at.
+    """
+
+    specs: tuple[Spec, ...] = ()
+    tensors: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, str], ...] = ()
+
+
+def for_graph(module: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: Any) -> ForGraph:
+    """A user's module by its names, for a graph that is being traced.
+
+    Args:
+        module: The module. Its tensors may hold no numbers.
+        shape: Of its state, without the batch.
+        dtype, device: Of its state.
+    """
+    with _apart():
+        y = torch.rand(4, *shape, dtype=dtype, device=device)
+        held = dict(module.named_parameters()) | dict(module.named_buffers())
+        if any(type(x) not in (Tensor, nn.Parameter) for x in held.values()):
+            held = {
+                name: torch.rand(x.shape, dtype=x.dtype, device=x.device).requires_grad_(
+                    x.requires_grad
+                )
+                for name, x in held.items()
+            }
+        around = Surroundings(module)
+
+        def func(t: Tensor, y: Tensor) -> Any:
+            return torch.func.functional_call(module, held, (t, y))
+
+        found = _look_at(func, 0.0, y, _Known()) if not around.has_hooks() else ""
+        if isinstance(found, str):
+            return ForGraph()
+        names = {id(x): name for name, x in held.items()}
+        leaves = found.leaves()
+        if found.tensors() != leaves or not all(id(x) in names for x in leaves):
+            return ForGraph()
+        attributes = tuple(
+            (name, key)
+            for name, inner in module.named_modules()
+            for key, value in vars(inner).items()
+            if isinstance(value, (bool, float, str)) and not key.startswith("_")
+        )
+        return ForGraph(found.specs, tuple(names[id(x)] for x in leaves), attributes)
 
 
 def refuse(func: Callable[..., Any], why: str) -> None:
@@ -265,6 +285,13 @@ def refuse(func: Callable[..., Any], why: str) -> None:
     known = _of(func)
     if known is not None:
         known.fields = dict.fromkeys(known.fields, why)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Away from modes of the user and from a graph that is being traced: they see none of this."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._guards.tracing(None):
+        yield
 
 
 def _of(func: Callable[..., Any]) -> _Known | None:
