@@ -83,7 +83,7 @@ class _Way(ctypes.c_uint8 * 1):  # type: ignore[misc]
 
     Attributes:
         solution: The solution.
-        inputs: The leaves of its graph, None where no gradient is wanted.
+        inputs: The state and the field's tensors in it; what requires grad is wanted.
         stats, counts: Its counts, and the same in the tensor that the operator returned.
     """
 
