@@ -262,7 +262,9 @@ class AugODEBlock(nn.Module):
         )
         solution: Tensor
         solution, stats = solve(self.field, x, times, settings, columns)
-        if not torch.compiler.is_exporting():  # an exported program has no place for them
+        # An exported program has no place for them. (torch.compiler.is_exporting is always true in
+        # a graph of torch 2.11.)
+        if not getattr(torch.compiler, "_is_exporting_flag", False):
             self.stats = stats
         return solution
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from anode_fast import fused
+from anode_fast.errors import InvalidArgument
 from anode_fast.fields import SpecField
 from anode_fast.odeint import AdjointArguments, Settings, solve
-from anode_fast.spec import Spec, from_description
+from anode_fast.spec import ConvSpec, Spec, from_description
 from anode_fast.stats import NUM_COUNTS, SolveStats, counted
 
 _ops = torch.library.Library("anode_fast", "DEF")
@@ -61,6 +62,12 @@ def _solve(
 ) -> tuple[Tensor, SolveStats]:
     """The eager solve."""
     specs, columns, settings = _recipe(call)
+    dims, width = (4, specs[0].channels) if isinstance(specs[0], ConvSpec) else (2, specs[0].dim)
+    if x.dim() != dims or x.shape[1] + columns != width:
+        raise InvalidArgument(
+            f"anode_fast::solve: x has shape {tuple(x.shape)}, want {dims} dims, the second of "
+            f"size {width - columns}"
+        )
     solution, stats = solve(SpecField(specs, parameters), x, t, settings, columns)
     return solution, stats
 
@@ -83,7 +90,7 @@ class _Way(ctypes.c_uint8 * 1):  # type: ignore[misc]
 
     Attributes:
         solution: The solution.
-        inputs: The leaves of its graph, None where no gradient is wanted.
+        inputs: The state and the field's tensors in it; what requires grad is wanted.
         stats, counts: Its counts, and the same in the tensor that the operator returned.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -64,6 +64,10 @@ class DeviceStats(SolveStats):
             vars(self).update(object.__getattribute__(self, "later")())
         return object.__getattribute__(self, name)
 
+    def __reduce__(self) -> Any:
+        """A copy holds the counts as they are now."""
+        return SolveStats, tuple(getattr(self, field.name) for field in fields(SolveStats))
+
 
 class GraphStats(SolveStats):
     """Counts of a solve in a compiled graph, which gives them as a tensor.
@@ -98,5 +102,7 @@ NUM_COUNTS = len(_COUNTS) + 1
 
 def counted(stats: SolveStats) -> Tensor:
     """The counts for a `GraphStats`, int64."""
-    counts = [getattr(stats, name) for name in _COUNTS]
+    # Those of a captured solve are on the device, and nobody must wait for it.
+    is_known = not isinstance(stats, DeviceStats)
+    counts = [getattr(stats, name) if is_known else 0 for name in _COUNTS]
     return torch.tensor([*counts, _BACKENDS.index(stats.backend)], device="cpu")

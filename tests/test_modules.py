@@ -13,7 +13,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from anode_fast import AugODEBlock, ConvODENet, ODENet, odeint, odeint_adjoint
+from anode_fast import (
+    AugODEBlock,
+    ConvODENet,
+    ODENet,
+    SolveStats,
+    Status,
+    odeint,
+    odeint_adjoint,
+)
+from anode_fast.stats import DeviceStats
 
 MODELS = {
     "rows": (lambda **kw: ODENet(3, 16, 2, augment_dim=2, activation="tanh", **kw), (7, 3)),
@@ -74,6 +83,16 @@ def test_copy_of_a_compiled_model(model):
     other = pickle.loads(pickle.dumps(net))
     assert other.stats == net.stats
     assert torch.equal(other(x), net(x))
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_of_counts_on_the_device(copied):
+    counts = dict(nfe=7, nfe_backward=3, accepted=2, rejected=1, status=Status.SUCCESS)
+    stats = DeviceStats("triton", "dopri5", launches=4, later=lambda: dict(counts))
+    other = copied(stats)
+    counts["nfe"] = 8
+    assert other == SolveStats("triton", "dopri5", 7, 3, 2, 1, 4)
+    assert stats.nfe == 8
 
 
 @every_model
