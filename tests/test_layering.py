@@ -35,11 +35,15 @@ ORDER = """
     anode_fast.kernels.gpu.controller
     anode_fast.kernels.gpu.conv
     anode_fast.kernels.gpu.mlp
+    anode_fast.kernels.gpu.generate
+    anode_fast.kernels.gpu.functions
+    anode_fast.kernels.gpu.products
     anode_fast.kernels.gpu.activations
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
     anode_fast.kernels.cpu.conv
     anode_fast.kernels.cpu.library
+    anode_fast.kernels.program
     anode_fast.kernels.interface
     anode_fast.adjoint
     anode_fast.reference
