@@ -1,6 +1,8 @@
 """anode_fast: neural ODEs and augmented neural ODEs, torchdiffeq's interface, faster."""
 
+from anode_fast import operators as _operators  # noqa: F401  # registers them
 from anode_fast.block import AugODEBlock as AugODEBlock
+from anode_fast.distributed import SharedNorm as SharedNorm
 from anode_fast.errors import MaxStepsExceeded as MaxStepsExceeded
 from anode_fast.errors import NonFiniteState as NonFiniteState
 from anode_fast.errors import SolverError as SolverError
@@ -28,6 +30,7 @@ __all__ = [
     "MaxStepsExceeded",
     "NonFiniteState",
     "ODENet",
+    "SharedNorm",
     "SolveStats",
     "SolverError",
     "Status",

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm
+from anode_fast.distributed import SharedNorm
+from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm, rms_norm
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import QUARTIC
 from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
@@ -516,22 +517,42 @@ class _AugmentedField:
         return (parts[0], value if wants_graph else value.detach(), *parts[1:])
 
 
+class _AdjointNorm:
+    """torchdiffeq's norm of the augmented state, or its seminorm, without the parameters.
+
+    Kidger, Chen, Lyons, Hey, that's not an ODE: faster ODE adjoints via seminorms, 2021.
+
+    Attributes:
+        sizes: Of the parts, in order, if it is the largest `rms_norm` of those, else None.
+    """
+
+    def __init__(self, problem: Problem, params: Sequence[Tensor], with_params: bool) -> None:
+        self._norm = problem.norm
+        self._with_params = with_params
+        n = problem.y0.numel()
+        of_state = (n,) if problem.norm is rms_norm else getattr(problem.norm, "sizes", None)
+        self.sizes: tuple[int, ...] | None = None
+        if of_state is not None and not any(x.is_complex() for x in (problem.y0, *params)):
+            of_params = [x.numel() for x in params] if with_params else []
+            self.sizes = (1, *of_state, *of_state, *of_params)
+
+    def __call__(self, parts: tuple[Tensor, ...]) -> Tensor | float:
+        """The norm of (t's gradient, y, a, parameters' gradients)."""
+        t, y, adj_y, *adj_params = parts
+        norms = [t.abs(), self._norm(y), self._norm(adj_y)]
+        return max([*norms, mixed_norm(adj_params)] if self._with_params else norms)
+
+
 def _adjoint_norm(
-    options: dict[str, Any], problem: Problem
+    options: dict[str, Any], problem: Problem, params: Sequence[Tensor]
 ) -> Callable[[tuple[Tensor, ...]], Tensor | float]:
     """The norm of the augmented state: torchdiffeq's default, its seminorm, or the user's own."""
     user = options.pop("norm", None)
-
-    def default(parts: tuple[Tensor, ...], with_params: bool = True) -> Tensor | float:
-        t, y, adj_y, *adj_params = parts
-        norms = [t.abs(), problem.norm(y), problem.norm(adj_y)]
-        return max([*norms, mixed_norm(adj_params)] if with_params else norms)
-
-    if user is None:
-        return default
-    if user == "seminorm":
-        # Kidger, Chen, Lyons, Hey, that's not an ODE: faster ODE adjoints via seminorms, 2021.
-        return functools.partial(default, with_params=False)
+    if problem.shared and user in (None, "seminorm"):
+        states = 1 + 2 * (len(problem.layout.shapes) if problem.layout else 1)
+        user = functools.partial(_shared_norm, problem.shared, states if user else None)
+    if user is None or user == "seminorm":
+        return _AdjointNorm(problem, params, with_params=user is None)
     if problem.layout is None:
         return user  # type: ignore[no-any-return]
     unpack = problem.layout.unpack
@@ -541,6 +562,11 @@ def _adjoint_norm(
         return user((t, *unpack(y), *unpack(adj_y), *adj_params))  # type: ignore[no-any-return]
 
     return unpacked
+
+
+def _shared_norm(shared: SharedNorm, count: int | None, parts: tuple[Tensor, ...]) -> Tensor:
+    """The norm of the first parts (None: of all) over all processes."""
+    return shared(parts[:count])
 
 
 @dataclass
@@ -572,7 +598,7 @@ def _continuous_gradient(
     vector_field, want_time = problem.field, shift is not None
     evaluations = vector_field.nfe
     options = dict(adjoint.options)
-    norm = _adjoint_norm(options, problem)
+    norm = _adjoint_norm(options, problem, params)
     if problem.backwards:  # the backward solve runs in solver time
         for name in {"step_t", "jump_t"} & set(options):
             options[name] = [-time for time in torch.as_tensor(options[name]).tolist()]
@@ -687,8 +713,11 @@ def _solve_back(
         method=adjoint.method,
         options={**options, "norm": norm},
         warn=False,
+        shared=call.problem.shared,
     )
     backward.field.noise = call.problem.field.noise
+    if backward.y0.dtype == call.problem.y0.dtype:
+        backward.arithmetic = call.problem.arithmetic
     if backward.family == ADAPTIVE:
         # One solve in pieces: it goes on with the step it has, and ends exactly on each stop.
         if suggested is not None:

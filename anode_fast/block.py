@@ -171,7 +171,7 @@ class AugODEBlock(nn.Module):
     def t(self, t: Sequence[float]) -> None:
         self._t = _check_interval(t)
         # Made once, and on the CPU in float64 wherever the state lives: the solver reads it there.
-        self._times = torch.tensor(self._t, dtype=torch.float64)
+        self._times = torch.tensor(self._t, dtype=torch.float64, device="cpu")
 
     def forward(self, x: Tensor, eval_times: Tensor | Sequence[float] | None = None) -> Tensor:
         """The state at t[1], or at `eval_times`.
@@ -210,7 +210,7 @@ class AugODEBlock(nn.Module):
             InvalidArgument, InvalidType, SolverError: As `forward`.
         """
         timesteps = size("AugODEBlock.trajectory", "timesteps", timesteps, least=2)
-        times = torch.linspace(*self.t, timesteps, dtype=torch.float64)
+        times = torch.linspace(*self.t, timesteps, dtype=torch.float64, device="cpu")
         return self._solve(x, times)
 
     def augment(self, x: Tensor) -> Tensor:
@@ -261,7 +261,9 @@ class AugODEBlock(nn.Module):
             self.gradient,
         )
         solution: Tensor
-        solution, self.stats = solve(self.field, x, times, settings, columns)
+        solution, stats = solve(self.field, x, times, settings, columns)
+        if not torch.compiler.is_exporting():  # an exported program has no place for them
+            self.stats = stats
         return solution
 
     def _output_times(self, eval_times: Tensor | Sequence[float]) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""`ConvField` on the CPU kernels: the same function of (t, y), with gradients."""
+"""A convolutional field on the CPU kernels: the same function of (t, y), with gradients."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ def why_not(field: Any, y0: Tensor) -> str:
     """Why the CPU kernels cannot evaluate a field at states like y0; "" if they can.
 
     Args:
-        field: What the user wants to solve.
+        field: A ConvField, or another field with a ConvSpec.
         y0: The initial state.
     """
     if absent := library.missing():
         return str(absent)
-    if type(field) is not ConvField:
-        return f"the field is {fused.name_of(field)}, and the kernels know ConvField only"
+    spec: ConvSpec = field.spec()
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}, want float32 or float64"
     if y0.device.type != "cpu":
         return f"the state is on {y0.device}, want the CPU"
-    if y0.dim() != 4 or y0.shape[1] != field.channels:
-        return f"the state is not [batch, {field.channels}, height, width]"
+    if y0.dim() != 4 or y0.shape[1] != spec.channels:
+        return f"the state is not [batch, {spec.channels}, height, width]"
     if 0 in y0.shape[2:]:
         return "the images have no pixels"
-    if why := fused.why_not_tensors(field.spec(), y0, field.tensors()):
+    if why := fused.why_not_tensors(spec, y0, field.tensors()):
         return why
-    if fused.has_hooks(field):
+    if isinstance(field, ConvField) and fused.has_hooks(field):
         return "the field has hooks or a forward of its own, which would not run"
     return fused.why_not_now("cpu")
 
 
 class NativeConvField:
-    """A ConvField that the CPU kernels evaluate, with its weights of now: make one for each solve.
+    """A field that the CPU kernels evaluate, with its weights of now: make one for each solve.
 
     Args:
-        field: One that `why_not` has nothing against. Its nfe goes on counting.
+        field: One that `why_not` has nothing against. It goes on counting.
 
     Attributes:
         field: The same.
         tensors: Its weights and biases.
     """
 
-    def __init__(self, field: ConvField) -> None:
+    def __init__(self, field: Any) -> None:
         self.field = field
-        self.tensors = field.tensors()
+        self.tensors: list[Tensor] = field.tensors()
+        self._spec: ConvSpec = field.spec()
         self._dtype = self.tensors[0].dtype
-        self._kernels = _kernels(field.spec(), self._dtype)
+        self._kernels = _kernels(self._spec, self._dtype)
         self._packed = self._kernels.pack([p.detach() for p in self.tensors])
         self._room = KEPT_BYTES
         self._no_time = torch.zeros((), dtype=self._dtype)
@@ -79,9 +79,10 @@ class NativeConvField:
             MemoryError: There is not enough.
         """
         if not self._takes(t, y):
-            return self.field.evaluate(self.tensors, t, y)  # which says what is wrong
-        self.field.__dict__["nfe"] += 1
-        t = t.to(self._dtype) if self.field.time_dependent else self._no_time
+            value: Tensor = self.field.evaluate(self.tensors, t, y)  # which says what is wrong
+            return value
+        self.field.count(1)
+        t = t.to(self._dtype) if self._spec.time_dependent else self._no_time
         if torch.is_grad_enabled() and any(x.requires_grad for x in (y, t, *self.tensors)):
             out: Tensor = _Evaluation.apply(self, t, y, *self.tensors)
             return out
@@ -89,13 +90,28 @@ class NativeConvField:
 
     def _takes(self, t: Tensor, y: Tensor) -> bool:
         """Whether the kernels can read these: they look at nothing but the memory."""
-        if y.dim() != 4 or y.shape[1] != self.field.channels or 0 in y.shape[2:]:
+        if y.dim() != 4 or y.shape[1] != self._spec.channels or 0 in y.shape[2:]:
             return False
         if y.dtype is not self._dtype or y.device.type != "cpu":
             return False
-        if not self.field.time_dependent:
+        if not self._spec.time_dependent:
             return True
         return isinstance(t, Tensor) and t.shape in ((), (y.shape[0], 1, 1, 1)) and t.is_cpu
+
+    def agrees(self, t: Tensor, y: Tensor, expected: Tensor) -> bool:
+        """Whether dy/dt of the first images is what is expected, but for rounding.
+
+        Args:
+            t: Time, one element.
+            y: State.
+            expected: dy/dt of its first images.
+        """
+        time = t.detach().to(self._dtype).reshape(())
+        found = self.evaluate(time, y.detach()[: len(expected)], keep=False)[0]
+        scale = torch.nan_to_num(expected, 0.0, 0.0, 0.0).abs().max()
+        eps = torch.finfo(self._dtype).eps
+        near = (found - expected).abs() <= 4096 * eps * scale
+        return bool((near | (found == expected) | (found.isnan() & expected.isnan())).all())
 
     def has_room(self, y: Tensor, evaluations: int) -> bool:
         """Whether so many evaluations at states like y may keep what their gradient needs."""
@@ -134,13 +150,12 @@ class NativeConvField:
         self, grad: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """The same by autograd through torch's operations: it can be differentiated again."""
-        before = self.field.__dict__["nfe"]
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             # Aliases: an input may be made of another one, or be the same tensor twice.
             t, y, *tensors = (x.view_as(x) for x in inputs)
             out = self.field.evaluate(tensors, t, y)
-            self.field.__dict__["nfe"] = before
+            self.field.count(-1)
             return fused.gradients_of(out, (t, y, *tensors), grad, needs, create_graph)
 
 
@@ -174,7 +189,7 @@ class _Evaluation(torch.autograd.Function):
         if torch.is_grad_enabled() or fused.is_batched(grad):
             return None, *native.differentiable_gradient(grad, inputs, needs)
         if record is None:
-            native.field.__dict__["nfe"] += 1
+            native.field.count(1)
             _, record = native.evaluate(inputs[0], inputs[1], keep=True)
         return None, *native.gradient(grad, record, inputs[0], inputs[1], needs)
 

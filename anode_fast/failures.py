@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anode_fast.errors import MaxStepsExceeded, NonFiniteState, StepSizeUnderflow
-from anode_fast.problem import Problem
+from anode_fast.problem import Problem, underlying
 
 
 def max_steps(
@@ -36,6 +36,7 @@ def underflow(
 
 def non_finite(problem: Problem, t: float, dt: float, attempts: int, f: Tensor) -> NonFiniteState:
     """Every step tried from solver time t, where the derivative is f, gave nan or inf."""
+    f = underlying(f)
     f_bad = ~torch.isfinite(f.detach())
     what = "the field returned nan or inf" if f_bad.any() else "a trial step became nan or inf"
     rows = ""
@@ -52,7 +53,7 @@ def non_finite(problem: Problem, t: float, dt: float, attempts: int, f: Tensor) 
 def _worst_rows(problem: Problem, y: Tensor) -> str:
     if y.dim() < 2 or problem.layout or y.shape[0] < 2:
         return ""
-    size = y.detach().abs().flatten(1).amax(1)
+    size = underlying(y).detach().abs().flatten(1).amax(1)
     return (
         f" (largest |y| in row {int(size.argmax())}: {float(size.max()):.3g}, median over "
         f"{y.shape[0]} rows {float(size.median()):.3g})"

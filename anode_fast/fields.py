@@ -12,6 +12,9 @@ from typing import NoReturn, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.spec import ConvSpec, MLPSpec, check_activation, size
@@ -94,8 +97,7 @@ class MLPField(nn.Module):
             tensors: Like what `tensors()` returns.
             t, y: As in `forward`.
         """
-        # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
-        self.__dict__["nfe"] += 1
+        self.count(1)
         act = _FUNCTIONS[self.activation]
         weight, bias = tensors[:2]
         if y.shape[-1:] != (self.dim,) or y.dim() > 2:
@@ -116,6 +118,11 @@ class MLPField(nn.Module):
             h = F.linear(act(h), weight, bias)
         return h
 
+    def count(self, evaluations: int) -> None:
+        """Notes evaluations."""
+        # Not `self.nfe += 1`: nn.Module's __setattr__ alone would be 5% of a small evaluation.
+        self.__dict__["nfe"] += evaluations
+
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every layer, first to last."""
         found: list[Tensor] = []
@@ -126,13 +133,17 @@ class MLPField(nn.Module):
             if "weight" in own and "bias" in own:
                 found += own["weight"], own["bias"]  # type: ignore[arg-type]
             else:
-                found += cast("nn.Linear", layer).weight, cast("nn.Linear", layer).bias
+                found += _made(cast("nn.Linear", layer))
         return found
 
     def spec(self) -> MLPSpec:
         """The field as plain data."""
         hidden = (self.hidden_dim,) * self.num_hidden
         return MLPSpec(self.dim, hidden, self.activation, self.time_dependent)
+
+    def signature(self) -> tuple[object, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return (self.dim, self.hidden_dim, self.num_hidden, self.activation, self.time_dependent)
 
     def extra_repr(self) -> str:
         """For `repr`."""
@@ -202,33 +213,67 @@ class ConvField(nn.Module):
             tensors: Like what `tensors()` returns.
             t, y: As in `forward`.
         """
-        self.__dict__["nfe"] += 1  # as in MLPField
-        act = _FUNCTIONS[self.activation]
-        w1, b1, w2, b2, w3, b3 = tensors
+        self.count(1)
         if y.dim() != 4 or y.shape[1] != self.channels:
             _refuse_state("ConvField", y, f"(batch, {self.channels}, height, width)")
-        _check_dtype("ConvField", y, w1)
-        if not self.time_dependent:
-            h = act(F.conv2d(y, w1, b1))
-            h = act(F.conv2d(h, w2, b2, padding=1))
-            return F.conv2d(h, w3, b3)
-        _check_time("ConvField", t, y)
-        h = act(_conv1x1(w1, b1, t, y))
-        h = act(_conv3x3(w2, b2, t, h))
-        return _conv1x1(w3, b3, t, h)
+        _check_dtype("ConvField", y, tensors[0])
+        if self.time_dependent:
+            _check_time("ConvField", t, y)
+        return evaluate_convolutions(self.spec(), tensors, t, y)
+
+    def count(self, evaluations: int) -> None:
+        """Notes evaluations."""
+        self.__dict__["nfe"] += evaluations
 
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every convolution, first to last."""
-        layers = self.conv1, self.conv2, self.conv3
-        return [x for conv in layers for x in (conv.weight, cast("Tensor", conv.bias))]
+        return [x for conv in (self.conv1, self.conv2, self.conv3) for x in _made(conv)]
 
     def spec(self) -> ConvSpec:
         """The field as plain data."""
         return ConvSpec(self.channels, self.num_filters, self.activation, self.time_dependent)
 
+    def signature(self) -> tuple[object, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        return (self.channels, self.num_filters, self.activation, self.time_dependent)
+
     def extra_repr(self) -> str:
         """For `repr`."""
         return f"activation={self.activation!r}, time_dependent={self.time_dependent}"
+
+
+def evaluate_convolutions(
+    spec: ConvSpec, tensors: Sequence[Tensor], t: Tensor, y: Tensor
+) -> Tensor:
+    """dy/dt of a field like this, by PyTorch's operations. Differentiable.
+
+    Args:
+        spec: The field.
+        tensors: Weight and bias of every convolution, first to last.
+        t: Time, 0-d, or one per image, [batch, 1, 1, 1].
+        y: State, [batch, channels, height, width].
+
+    Returns:
+        Like y.
+    """
+    act = _FUNCTIONS[spec.activation]
+    w1, b1, w2, b2, w3, b3 = tensors
+    if not spec.time_dependent:
+        h = act(F.conv2d(y, w1, b1))
+        h = act(F.conv2d(h, w2, b2, padding=1))
+        return F.conv2d(h, w3, b3)
+    h = act(_conv1x1(w1, b1, t, y))
+    h = act(_conv3x3(w2, b2, t, h))
+    return _conv1x1(w3, b3, t, h)
+
+
+def _made(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer, also where something makes them of others."""
+    for hook in layer._forward_pre_hooks.values():
+        # These make the weight anew before each call of the layer. Nobody calls it.
+        if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
+            hook(layer, ())
+    return layer.weight, cast("Tensor", layer.bias)
 
 
 def _split(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,28 +7,26 @@ goes to the kernels without being taken apart again: that would cost more than t
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import itertools
 import math
 import operator
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from anode_fast import failures, reference
 from anode_fast.adjoint import AdjointOptions
-from anode_fast.errors import InvalidArgument, NonFiniteState
+from anode_fast.errors import NonFiniteState
 from anode_fast.kernels import gpu, interface
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
+from anode_fast.kernels.program import Program
 from anode_fast.problem import (
     ADAPTIVE,
     DEFAULT_MAX_STEPS,
@@ -39,7 +37,7 @@ from anode_fast.problem import (
     rms_norm,
     step_grid,
 )
-from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec
+from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec, Spec
 from anode_fast.stats import DeviceStats, SolveStats, Status
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 
@@ -51,38 +49,41 @@ _CALLBACKS = frozenset(
 )
 
 
-Spec = MLPSpec | ConvSpec
-
-
 class Field(Protocol):
-    """What this module needs of an MLPField or a ConvField."""
+    """What this module needs of an MLPField, a ConvField or a `Recognized` callable."""
 
     def tensors(self) -> list[Tensor]:
-        """Weight and bias of every layer, first to last."""
+        """Its weights and biases, in the spec's order."""
         ...
 
-    def spec(self) -> Spec:
-        """The field as plain data."""
+    def signature(self) -> tuple[Any, ...]:
+        """What two fields have in common that the kernels run alike, but for the tensors."""
+        ...
+
+    def count(self, evaluations: int) -> None:
+        """Notes evaluations of it."""
+        ...
+
+    def evaluate(self, tensors: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt with these tensors, differentiable."""
 
 
 # --- what the kernels can run ---------------------------------------------------------------------
 
 
-def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Sequence[Any]) -> str:
+def why_not(backend: str, problem: Problem, spec: Spec, parameters: Sequence[Any]) -> str:
     """Why a backend's kernels cannot run this problem; "" if they can.
 
     Args:
         backend: "cpu" or "triton".
         problem: The call in normal form.
-        spec: Of the field, None if it has none.
-        parameters: The field's weights and biases.
+        spec: Of the field.
+        parameters: The field's tensors.
     """
     func, options, y0 = problem.original, problem.options, problem.y0
     absent = library.missing() if backend == "cpu" else gpu.missing()
     if absent:
         return str(absent)
-    if spec is None:
-        return f"the field is {name_of(func)}, and the kernels know MLPField and ConvField only"
     if problem.family not in (FIXED, ADAPTIVE):
         return f"{problem.method} is no explicit Runge-Kutta method"
     if problem.event_fn is not None:
@@ -113,9 +114,9 @@ def why_not(backend: str, problem: Problem, spec: Spec | None, parameters: Seque
             return f"it has the option {name}"
     if problem.family == FIXED and problem.perturb:
         return "it has the option perturb"
-    if any(hasattr(func, name) for name in _CALLBACKS):
+    if has_callbacks(func):
         return "the field has callbacks"
-    if has_hooks(func):
+    if isinstance(func, nn.Module) and has_hooks(func):
         return "the field has hooks or a forward of its own, which would not run"
     return _why_not_field(backend, spec, y0) or why_not_now(y0.device.type)
 
@@ -129,7 +130,7 @@ def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
         return f"the state is on {y0.device}, want the CPU"
     if isinstance(spec, ConvSpec):
         return "the C++ solver knows MLPField only"
-    if len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
+    if isinstance(spec, MLPSpec) and len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
         return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return ""
 
@@ -177,11 +178,33 @@ def why_not_now(device_type: str) -> str:
     """What forbids native calls whatever the problem."""
     if torch.is_autocast_enabled(device_type):
         return "autocast is on"
+    return transform()
+
+
+def transform() -> str:
+    """Which transform runs over the call, that takes operations one by one; "" if none."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it runs under a torch.func transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is on"
     return ""
+
+
+def casts(field: Field, x: Tensor) -> bool:
+    """Whether a field that the kernels know is to be solved in its own precision despite autocast.
+
+    Args:
+        field: The field.
+        x: The state, or its data columns.
+    """
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return False
+    return field.tensors()[0].dtype in (torch.float32, torch.float64)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision, which autocast makes, as float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _width(spec: Spec) -> int:
@@ -192,6 +215,9 @@ def _width(spec: Spec) -> int:
 @functools.lru_cache(maxsize=256)
 def shapes_of(spec: Spec) -> tuple[tuple[int, ...], ...]:
     """Of weight and bias of every layer."""
+    if isinstance(spec, Program):
+        shapes: tuple[tuple[int, ...], ...] = spec.shapes
+        return shapes
     if isinstance(spec, ConvSpec):
         C, K, T = spec.channels, spec.num_filters, int(spec.time_dependent)
         layers = (K, T + C, 1, 1), (K, T + K, 3, 3), (C, T + K, 1, 1)
@@ -211,6 +237,11 @@ def has_hooks(func: Any) -> bool:
         or members["_backward_pre_hooks"]
         or nn.modules.module._has_any_global_hook()
     )
+
+
+def has_callbacks(func: Callable[..., Any]) -> bool:
+    """Whether the user's field wants to be told of steps."""
+    return any(hasattr(func, name) for name in _CALLBACKS)
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -275,24 +306,9 @@ def prepare(
     """
     options = problem.options
     fixed = problem.family == FIXED
-    tableau = TABLEAUS[problem.method]
-    given = {
-        name: options[name]
-        for name in ("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step")
-        if name in options
-    }
+    method, settings = settings_of(problem, by_row)
     solve = _maker(backend, spec)(
-        field_of(spec),
-        _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau),
-        problem.y0.dtype,
-        control=interface.FIXED if fixed else interface.SAMPLE if by_row else interface.BATCH,
-        backwards=problem.backwards,
-        float_time=options.get("dtype") == torch.float32 and problem.y0.dtype == torch.float32,
-        data_dim=data_dim,
-        rtol=problem.rtol,
-        atol=problem.atol,
-        max_num_steps=min(int(options.get("max_num_steps", DEFAULT_MAX_STEPS)), 2**63 - 1),
-        **{"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2, "max_step": float("inf"), **given},
+        *(field_of(spec), method, problem.y0.dtype), data_dim=data_dim, **settings
     )
     native = Native(
         backend,
@@ -323,6 +339,28 @@ def prepare(
     return dataclasses.replace(native, adjoint=adjoint, seminorm=seminorm)
 
 
+def settings_of(problem: Problem, by_row: bool = False) -> tuple[interface.Method, dict[str, Any]]:
+    """Method and options of a problem as kernels take them."""
+    options = problem.options
+    fixed = problem.family == FIXED
+    tableau = TABLEAUS[problem.method]
+    settings: dict[str, Any] = {"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2}
+    settings["max_step"] = float("inf")
+    for name in ("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step"):
+        if name in options:
+            settings[name] = options[name]
+    method = _fixed_method(tableau, options.get("interp", "cubic")) if fixed else _method(tableau)
+    return method, dict(
+        control=interface.FIXED if fixed else interface.SAMPLE if by_row else interface.BATCH,
+        backwards=problem.backwards,
+        float_time=options.get("dtype") == torch.float32 and problem.y0.dtype == torch.float32,
+        rtol=problem.rtol,
+        atol=problem.atol,
+        max_num_steps=min(int(options.get("max_num_steps", DEFAULT_MAX_STEPS)), 2**63 - 1),
+        **settings,
+    )
+
+
 def described(problem: Problem, spec: Spec, by_row: bool) -> str:
     """How the Triton kernels would solve a problem that they can solve."""
     solve = prepare("triton", problem, spec, _width(spec), by_row=by_row).solve
@@ -343,8 +381,10 @@ def _maker(backend: str, spec: Spec) -> Callable[..., Any]:
     return make
 
 
-def field_of(spec: Spec) -> interface.Field | interface.ConvField:
+def field_of(spec: Spec) -> interface.Field | interface.ConvField | Program:
     """The field in numbers."""
+    if isinstance(spec, Program):
+        return spec
     number = ACTIVATIONS.index(spec.activation)
     if isinstance(spec, ConvSpec):
         shape = spec.channels, spec.num_filters
@@ -390,12 +430,6 @@ def _fixed_method(tableau: ButcherTableau, interp: str) -> interface.Method:
 
 # --- remembered calls -----------------------------------------------------------------------------
 
-_SIZES = (
-    *("dim", "hidden_dim", "num_hidden", "channels", "num_filters"),
-    *("activation", "time_dependent"),
-)
-"""Attributes of a field that make its spec."""
-
 _remembered: dict[tuple[Any, ...], Native] = {}
 _MOST_REMEMBERED = 1024
 
@@ -414,18 +448,18 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
     """Whether a call like this one was remembered; None for a call that cannot be.
 
     Args:
-        field: An MLPField or a ConvField, not of a subclass.
+        field: An MLPField or a ConvField, not of a subclass, or a `Recognized` callable.
         x: The state, or its data columns.
         t: Times.
         key: What else tells calls apart.
     """
     if type(x) is not Tensor or type(t) is not Tensor or t.requires_grad or t.dim() != 1:
         return None
-    members = field.__dict__
-    if x.dim() not in (2, 4) or not _CALLBACKS.isdisjoint(members):
+    if x.dim() not in (2, 4) or why_not_now(x.device.type):
         return None
-    if has_hooks(field) or why_not_now(x.device.type):
-        return None
+    if isinstance(field, nn.Module):
+        if not _CALLBACKS.isdisjoint(field.__dict__) or has_hooks(field):
+            return None
     times = t.tolist()
     backwards = times[0] > times[-1] if times else False
     if backwards:
@@ -440,7 +474,7 @@ def look_up(field: Any, x: Tensor, t: Any, key: tuple[Any, ...]) -> Memo | None:
             return None
     settings = (
         *key,
-        *[members.get(name) for name in _SIZES],
+        *field.signature(),
         *(dtype, device, x.shape[1], x.dim(), t.dtype, backwards),
         *[tensor.shape for tensor in tensors],
     )
@@ -468,11 +502,12 @@ class Call:
 
     Attributes:
         native: What runs it.
-        field: The field. Its evaluations are counted in `nfe`.
+        field: The field, which counts its evaluations.
         times: Output times, increasing solver time.
         grid: Grid of fixed steps; if empty it is made from the times.
         problem: Makes the problem in normal form from x, for errors; for second derivatives from
             x, the field's tensors and the user's times as they were.
+        expected: What the field's own code gives at the start, for some of the first rows.
         stats: The counts.
         checkpoints: Of the forward solve.
         later: Of a captured one: what finds its outcome.
@@ -483,6 +518,7 @@ class Call:
     times: list[float]
     grid: Sequence[float]
     problem: Callable[..., Problem]
+    expected: Tensor | None = None
     stats: SolveStats = dataclasses.field(default_factory=SolveStats)
     checkpoints: Any = None
     later: Any = None
@@ -506,9 +542,10 @@ class Call:
             x = dense(x)
         parameters = [dense(p) for p in parameters]
         solution, result, checkpoints = self.native.solve.forward(
-            x, parameters, self.times, self.grid, keep
+            x, parameters, self.times, self.grid, keep, self.expected
         )
-        self.field.__dict__["nfe"] += result.nfe
+        self.expected = None  # the gradient may solve once more
+        self.field.count(result.nfe)
         stats = self.stats
         if result.later:  # in a CUDA graph, which may run any number of times
             stats = self.stats = DeviceStats(later=functools.partial(_counts, result.later))
@@ -516,10 +553,12 @@ class Call:
         stats.backend, stats.method = self.native.backend, self.native.method
         stats.nfe, stats.accepted, stats.rejected = result.nfe, result.accepted, result.rejected
         stats.launches += result.launches
+        if result.status == interface.FIELD_DIFFERS:
+            raise FieldDiffers
         if result.status:
             if result.status <= Status.NON_FINITE:
                 stats.status = Status(result.status)
-            raise _failure(self.problem(x), self.native, result, solution)
+            raise failure(self.problem(x), self.native.by_row, result, solution)
         self.checkpoints = checkpoints
         return solution
 
@@ -558,7 +597,7 @@ class Call:
         self.stats.launches += result.launches
         if result.later and isinstance(self.stats, DeviceStats):
             self.stats.later = functools.partial(_counts, self.later, result.later)
-        self.field.__dict__["nfe"] += result.nfe
+        self.field.count(result.nfe)
         if result.status:
             raise _adjoint_failure(self.problem(x), result)
         found = [g if need else None for g, need in zip(grads, wanted, strict=False)]
@@ -599,15 +638,15 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
 
 
-def _failure(problem: Problem, native: Native, result: Any, solution: Tensor) -> Exception:
+def failure(problem: Problem, by_row: bool, result: Any, solution: Tensor) -> Exception:
     """The error that the reference path raises where the kernels stopped."""
     status = result.status
     if status == interface.OUT_OF_MEMORY:
         return MemoryError("anode_fast: no memory for the solve")
-    if native.fixed:
+    if problem.family == FIXED:
         return problem.non_finite_output(result.output)
     budget = int(problem.options.get("max_num_steps", DEFAULT_MAX_STEPS))
-    if native.by_row:
+    if by_row:
         if status == Status.MAX_STEPS:
             return failures.max_steps_of_rows(problem, budget, result.rows, result.t)
         finite = status == Status.UNDERFLOW
@@ -638,6 +677,10 @@ def _adjoint_failure(problem: Problem, result: Any) -> Exception:
     if result.status == Status.UNDERFLOW:
         return failures.underflow(problem, t, dt, accepted, rejected, problem.y0)
     return failures.non_finite(problem, t, dt, accepted + rejected, problem.y0)
+
+
+class FieldDiffers(Exception):
+    """The kernels' field is not the user's own code at the start of a solve."""
 
 
 class _Solve(torch.autograd.Function):
@@ -671,14 +714,14 @@ def _differentiable_gradient(
     call: Call, grad: Tensor, x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradient by autograd through the reference solver: it can be differentiated again."""
-    before = call.field.__dict__["nfe"]
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Aliases: an input may be made of another one, or be the same tensor twice.
         x, *parameters = (p.view_as(p) for p in (x, *parameters))
         problem = call.problem(x, parameters, call.user_times())
-        solution = reference.solve(problem, SolveStats(), by_row=call.native.by_row)
-        call.stats.nfe_backward = call.field.__dict__["nfe"] - before
+        stats = SolveStats()
+        solution = reference.solve(problem, stats, by_row=call.native.by_row)
+        call.stats.nfe_backward = stats.nfe
         return gradients_of(solution, (x, *parameters), grad, needs, create_graph)
 
 
@@ -716,158 +759,3 @@ def run(call: Call, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype)
         solution: Tensor = _Solve.apply(call, x, *parameters)
         return solution
     return call.solve(x, parameters, keep=False)
-
-
-# --- operators for torch.compile ------------------------------------------------------------------
-#
-# A compiled graph keeps a solve as one node. Its backward pass solves once more, because nothing
-# but tensors can pass from one node to another. Counts are not kept.
-
-_ops = torch.library.Library("anode_fast", "DEF")
-_ops.define(
-    "solve(Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor",
-    tags=torch.Tag.cudagraph_unsafe,  # it waits for the outcome
-)
-_ops.define(
-    "solve_gradient(Tensor grad, Tensor x, Tensor[] parameters, Tensor t, str call) -> Tensor[]",
-    tags=torch.Tag.cudagraph_unsafe,
-)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_kernels(backend: str, field: tuple[Any, ...], dtype: torch.dtype, device: str) -> bool:
-    spec, on = MLPSpec(*field), torch.device(device)
-    if backend == "cpu":
-        fits = len(spec.hidden) <= cpu.MOST_HIDDEN_LAYERS
-        return library.load() is not None and on.type == "cpu" and fits
-    kernels: Any = gpu.load()
-    return not (gpu.missing() or gpu.why_not_on(on) or kernels.why_not(field_of(spec), dtype))
-
-
-def can_compile(mlp: Any, x: Tensor, backend: str) -> bool:
-    """Whether the operator can run the field on states like x by a backend, "cpu" or "triton"."""
-    return (
-        x.dtype in (torch.float32, torch.float64)
-        and all(p.dtype == x.dtype and p.device == x.device for p in mlp.tensors())
-        and not any(hasattr(mlp, name) for name in _CALLBACKS)
-        and not has_hooks(mlp)
-        and _has_kernels(backend, _described_field(mlp), x.dtype, str(x.device))
-    )
-
-
-def _described_field(mlp: Any) -> tuple[Any, ...]:
-    """The arguments of its MLPSpec."""
-    return (mlp.dim, (mlp.hidden_dim,) * mlp.num_hidden, mlp.activation, mlp.time_dependent)
-
-
-def compiled(
-    mlp: Any,
-    x: Tensor,
-    t: Tensor,
-    columns: int,
-    settings: tuple[Any, ...],
-) -> Tensor:
-    """The solution by the operator, [times, rows, dim].
-
-    Args:
-        mlp: An MLPField.
-        x: Data columns of the initial state, [rows, data_dim].
-        t: The user's times.
-        columns: Zeros to append to a row of x.
-        settings: rtol, atol, method, options as a tuple of pairs, whether every row takes its own
-            steps, and the backend; numbers, strings and None.
-    """
-    solution: Tensor = torch.ops.anode_fast.solve(
-        x, mlp.tensors(), t, f"{(_described_field(mlp), columns, settings)}"
-    )
-    return solution
-
-
-@functools.lru_cache(maxsize=256)
-def _recipe(call: str) -> tuple[MLPSpec, int, bool, str, dict[str, Any]]:
-    """Spec, appended columns, whether by row, the backend, and make_problem's arguments."""
-    spec, columns, (rtol, atol, method, options, by_row, backend) = ast.literal_eval(call)
-    arguments = dict(rtol=rtol, atol=atol, method=method, options=dict(options))
-    return MLPSpec(*spec), columns, by_row, backend, arguments
-
-
-@functools.lru_cache(maxsize=256)
-def _native(call: str, dtype: torch.dtype, backwards: bool) -> Native:
-    spec, columns, by_row, backend, arguments = _recipe(call)
-    t = torch.tensor([1.0, 0.0] if backwards else [0.0, 1.0])
-    problem = make_problem(_no_field, torch.zeros(1, spec.dim, dtype=dtype), t, **arguments)
-    return prepare(backend, problem, spec, spec.dim - columns, keep_steps=False, by_row=by_row)
-
-
-def _no_field(t: Tensor, y: Tensor) -> Tensor:
-    raise NotImplementedError("a compiled solve has no field in Python")
-
-
-def _call(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Call:
-    spec, columns, _, _, arguments = _recipe(call)
-    if x.dtype not in (torch.float32, torch.float64) or x.shape[1:] != (spec.dim - columns,):
-        raise InvalidArgument(
-            f"anode_fast::solve: x is {x.dtype} {tuple(x.shape)}, want float32 or float64 "
-            f"(batch, {spec.dim - columns})"
-        )
-    if any(p.dtype != x.dtype for p in parameters) or (
-        tuple(p.shape for p in parameters) != shapes_of(spec)
-    ):
-        raise InvalidArgument(
-            f"anode_fast::solve: want weights and biases of shapes {shapes_of(spec)} in {x.dtype}"
-        )
-
-    def problem(x: Tensor) -> Problem:
-        return make_problem(_no_field, F.pad(x, (0, columns)), t, **arguments)
-
-    times = t.tolist()
-    backwards = len(times) > 1 and times[0] > times[1]
-    if backwards:
-        times = [-time for time in times]
-    if not all(map(operator.lt, times, times[1:])) or len(times) < 2:
-        problem(x)  # says what is wrong with the times
-    return Call(_native(call, x.dtype, backwards), types.SimpleNamespace(nfe=0), times, (), problem)
-
-
-def _solve_now(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
-    return run(_call(x, parameters, t, call), x.detach(), [p.detach() for p in parameters], t.dtype)
-
-
-def _gradient_now(
-    grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
-) -> list[Tensor]:
-    prepared = _call(x, parameters, t, call)
-    prepared.set_grid(t.dtype)
-    found = prepared.gradient(grad, None, x, parameters, [True] * (1 + len(parameters)))
-    # An operator's results may not share their memory, as a GPU's weight gradients do.
-    shared = prepared.native.backend == "triton"
-    return [g.clone() if shared else g for g in found if g is not None]
-
-
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    x, t, *parameters = ctx.saved_tensors
-    x_grad, *grads = torch.ops.anode_fast.solve_gradient(grad, x, parameters, t, ctx.call)
-    return x_grad, grads, None, None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, parameters, t, ctx.call = inputs
-    ctx.save_for_backward(x, t, *parameters)
-
-
-for key in ("CPU", "CUDA"):
-    _ops.impl("solve", _solve_now, key)
-    _ops.impl("solve_gradient", _gradient_now, key)
-torch.library.register_autograd("anode_fast::solve", _backward, setup_context=_setup_context)
-
-
-@torch.library.register_fake("anode_fast::solve")  # type: ignore[untyped-decorator]
-def _solve_fake(x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str) -> Tensor:
-    return x.new_empty((t.shape[0], x.shape[0], parameters[-1].shape[0]))
-
-
-@torch.library.register_fake("anode_fast::solve_gradient")  # type: ignore[untyped-decorator]
-def _gradient_fake(
-    grad: Tensor, x: Tensor, parameters: Sequence[Tensor], t: Tensor, call: str
-) -> list[Tensor]:
-    return [y.new_empty(y.shape) for y in (x, *parameters)]

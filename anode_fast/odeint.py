@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from anode_fast import adjoint, fused, reference
+from anode_fast import adjoint, any_field, fused, reference, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.convolution import NativeConvField
 from anode_fast.errors import InvalidArgument, InvalidType
@@ -28,7 +29,9 @@ from anode_fast.problem import (
     State,
     make_problem,
 )
-from anode_fast.stats import SolveStats
+from anode_fast.recognize import Recognized, recognize, refuse
+from anode_fast.spec import ConvSpec
+from anode_fast.stats import GraphStats, SolveStats
 
 Options = Mapping[str, Any]
 Field = Callable[..., Any]
@@ -249,8 +252,20 @@ class Settings:
             *(self.backend, self.step_control, self.gradient, of_adjoint),
         )
 
-    def plan(self, problem: Problem, backward: AdjointOptions) -> Plan:
-        """How the call will be carried out. `backward`: how the adjoint ODE would be solved."""
+    def plan(
+        self,
+        problem: Problem,
+        backward: AdjointOptions,
+        field: MLPField | ConvField | Recognized | None,
+        unknown: str,
+    ) -> Plan:
+        """How the call will be carried out.
+
+        Args:
+            problem: In normal form.
+            backward: How the adjoint ODE would be solved.
+            field, unknown: The field as the kernels know it, or why they do not.
+        """
         given = self.adjoint or AdjointArguments()
         return choose(
             problem,
@@ -261,6 +276,8 @@ class Settings:
             is_adjoint=self.adjoint is not None,
             has_adjoint_options=given.has_options,
             params=given.params,
+            field=field,
+            unknown=unknown,
         )
 
     def backward(self, problem: Problem) -> AdjointOptions:
@@ -296,16 +313,91 @@ def solve(
 
     The zeros go along dim 1. The kernels append them on their own.
     """
-    known = func if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS else None
-    if torch.compiler.is_compiling():
-        if (
-            isinstance(known, MLPField)
-            and isinstance(x, Tensor)
-            and _can_compile(known, x, t, settings, columns)
-        ):
-            return _compiled(known, x, t, settings, columns)
-        outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
-        return outside
+    known = _of_ours(func)
+    if known is not None and isinstance(x, Tensor) and fused.casts(known, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return solve(known, fused.widened(x), t, settings, columns)
+    if torch.compiler.is_compiling() or _is_abstract(x):
+        if known is not None and isinstance(x, Tensor):
+            if _can_compile(known, x, t, settings, columns):
+                return _compiled(known, x, t, settings, columns)
+        if torch.compiler.is_dynamo_compiling():
+            outside: tuple[Any, SolveStats] = _uncompiled(func, x, t, settings, columns)
+            return outside
+    if known is not None:
+        return _solve_known(known, "", func, x, t, settings, columns)
+    field, why = _recognized(func, x, t, settings, columns)
+    if field is None or not isinstance(x, Tensor):
+        return _solve_known(None, why, func, x, t, settings, columns)
+    try:
+        if x.dim() in (2, 4):
+            return _solve_known(field, "", func, x, t, settings, columns)
+        # The kernels' state is [rows, dim].
+        rows, on_rows = x.reshape(-1, x.shape[-1]), _OnRows(func, x.shape)
+        solution, stats = _solve_known(field, "", on_rows, rows, t, settings, columns)
+        return solution.reshape(-1, *x.shape), stats
+    except fused.FieldDiffers:
+        why = "the field's value is not that of the operations in its trace"
+        refuse(func, why)
+        return _solve_known(None, why, func, x, t, settings, columns)
+
+
+def _of_ours(func: Field) -> MLPField | ConvField | None:
+    """A field that the kernels know as it is."""
+    return func if isinstance(func, (MLPField, ConvField)) and type(func) in FIELDS else None
+
+
+class _OnRows:
+    """A field of [rows, dim] that is the user's of another shape."""
+
+    def __init__(self, func: Field, shape: torch.Size) -> None:
+        self.func, self.shape = func, shape
+
+    def __call__(self, t: Tensor, y: Tensor) -> Any:
+        few = (-1, *self.shape[1:]) if len(self.shape) > 1 else self.shape
+        value = self.func(t, y.reshape(few))
+        return value.reshape(y.shape) if isinstance(value, Tensor) else value
+
+
+def _recognized(
+    func: Field, x: State, t: Tensor, settings: Settings, columns: int
+) -> tuple[Recognized | None, str]:
+    """The user's own field as the kernels know it, or why they do not."""
+    if not isinstance(x, Tensor) or type(x) is not Tensor and type(x) is not nn.Parameter:
+        return None, "the state is not one plain tensor"
+    if settings.backend == "reference" or settings.gradient == "autograd":
+        return None, "it is not to be run by kernels"
+    if FAMILIES.get(settings.method or "dopri5") not in (FIXED, ADAPTIVE) or settings.event_fn:
+        return None, "the kernels know explicit Runge-Kutta methods without events only"
+    if x.dtype not in (torch.float32, torch.float64):
+        return None, f"the state is {x.dtype}, want float32 or float64"
+    if x.dim() < 1 or x.numel() == 0 or not callable(func):
+        return None, "the state has no features"
+    if why := fused.why_not_now(x.device.type):
+        return None, why
+    if not isinstance(t, Tensor) or t.requires_grad or t.dim() != 1 or not len(t):
+        return None, "a gradient with respect to t is wanted"
+    found = recognize(func, float(t[0]), pad(x, columns))
+    return (None, found) if isinstance(found, str) else (found, "")
+
+
+def _solve_known(
+    known: MLPField | ConvField | Recognized | None,
+    unknown: str,
+    func: Field,
+    x: State,
+    t: Tensor,
+    settings: Settings,
+    columns: int,
+) -> tuple[Any, SolveStats]:
+    """The same for a field that the kernels know, or do not.
+
+    Args:
+        known: The field as they know it.
+        unknown: Why they do not.
+        func: The user's own.
+        x, t, settings, columns: As in `solve`; x [batch, dim] or an image if the field is known.
+    """
     key = settings.key() if known is not None and isinstance(x, Tensor) else None
     memo = None
     if known is not None and isinstance(x, Tensor) and key:
@@ -320,21 +412,26 @@ def solve(
         return settings.problem(functools.partial(known.evaluate, tensors), pad(x, columns), then)
 
     if memo and memo.native and known is not None and isinstance(x, Tensor):
-        call = fused.Call(memo.native, known, memo.times, (), problem_from)
+        expected = _expected(known, func, x, t, columns)
+        call = fused.Call(memo.native, known, memo.times, (), problem_from, expected)
         return fused.run(call, x, memo.tensors, t.dtype), call.stats
     problem = settings.problem(func, pad(x, columns), t, warn=True)
     backward = settings.backward(problem)
-    plan = settings.plan(problem, backward)
-    if plan.backend == "cpu" and isinstance(known, ConvField):
-        native = problem.field.func = NativeConvField(known)
+    plan = settings.plan(problem, backward, known, unknown)
+    if plan.backend == "cpu" and isinstance(plan.spec, ConvSpec) and isinstance(x, Tensor):
+        native = NativeConvField(known)
+        expected = _expected(known, func, x, t, columns)
+        if expected is not None and not native.agrees(problem.t[:1], problem.y0, expected):
+            raise fused.FieldDiffers
+        problem.field.func = native
         if plan.gradient == "discrete" and plan.keep_steps and native.has_room(problem.y0, FEW):
             # The same gradient, without evaluating everything once more.
             plan = replace(plan, gradient="autograd")
-    elif plan.backend != "reference" and known is not None and isinstance(x, Tensor):
+    elif plan.spec is not None and known is not None and isinstance(x, Tensor):
         prepared = fused.prepare(
             plan.backend,
             problem,
-            known.spec(),
+            plan.spec,
             x.shape[1],
             keep_steps=plan.keep_steps,
             by_row=plan.by_row,
@@ -343,10 +440,29 @@ def solve(
         if memo and _says_nothing(problem, settings.options):
             fused.remember(memo, prepared)
         grid = [point for point, _ in problem.grid()] if prepared.fixed else []
-        call = fused.Call(prepared, known, problem.times, grid, problem_from)
+        expected = _expected(known, func, x, t, columns)
+        call = fused.Call(prepared, known, problem.times, grid, problem_from, expected)
         return fused.run(call, x, known.tensors(), t.dtype), call.stats
+    if plan.backend == "reference" and settings.backend != "reference" and not plan.by_row:
+        problem.arithmetic = steps.arithmetic(problem)
     params = settings.adjoint.params if settings.adjoint else None
     return _run(problem, plan, params, backward)
+
+
+def _expected(
+    known: MLPField | ConvField | Recognized | None,
+    func: Field,
+    x: Tensor,
+    t: Tensor,
+    columns: int,
+) -> Tensor | None:
+    """What a user's own code gives at the start, for the kernels to compare."""
+    if not isinstance(known, Recognized):
+        return None
+    expected = known.expected(func, t, x, columns)
+    if expected is None:
+        raise fused.FieldDiffers
+    return expected
 
 
 _State = TypeVar("_State", bound=State)
@@ -367,6 +483,11 @@ def _says_nothing(problem: Problem, options: Options | None) -> bool:
     return known and not (one_step and "step_size" not in problem.options)
 
 
+def _is_abstract(x: State) -> bool:
+    """Whether there are no numbers behind a state, but a shape alone."""
+    return isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _uncompiled(
     func: Field, x: State, t: Tensor, settings: Settings, columns: int
@@ -375,46 +496,56 @@ def _uncompiled(
     return solve(func, x, t, settings, columns)
 
 
-def _can_compile(mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, columns: int) -> bool:
+def _can_compile(
+    known: MLPField | ConvField, x: Tensor, t: Tensor, settings: Settings, columns: int
+) -> bool:
     """Whether the operator can carry out the call. All this is known when the graph is traced."""
-    discrete = settings.gradient == "discrete" or (
-        settings.gradient == "auto" and not (settings.adjoint and settings.adjoint.has_options)
-    )
-    family = FAMILIES.get(settings.method or "dopri5")
-    controls = ("batch", "sample") if family == ADAPTIVE else ("batch",)
-    options = settings.options or {}
+    spec = known.spec()
+    dims, width = (4, spec.channels) if isinstance(spec, ConvSpec) else (2, spec.dim)
+    given = settings.adjoint or AdjointArguments()
+    options = [*(settings.options or {}).values(), *(given.options or {}).values()]
     return (
         settings.key() is not None
-        and discrete
-        and settings.backend != "reference"
-        and family in (FIXED, ADAPTIVE)
-        and settings.step_control in controls
-        and set(options) <= OPTIONS[family] - {"perturb", "norm", "step_t", "jump_t"}
-        and all(type(v) is not torch.dtype and v != math.inf for v in options.values())
-        and x.dim() == 2
-        and x.shape[1] + columns == mlp.dim
+        and all(type(v) is not torch.dtype and v != math.inf for v in options)
+        and x.dim() == dims
+        and x.shape[1] + columns == width
+        and x.is_floating_point()
         and t.is_floating_point()
         and not t.requires_grad
-        and fused.can_compile(mlp, x, _compiled_backend(settings, x))
+        and not fused.has_callbacks(known)
+        and not fused.has_hooks(known)
+        and all(isinstance(p, Tensor) for p in known.tensors())  # no bias: None
     )
 
 
 def _compiled(
-    mlp: MLPField, x: Tensor, t: Tensor, settings: Settings, columns: int
+    known: MLPField | ConvField, x: Tensor, t: Tensor, settings: Settings, columns: int
 ) -> tuple[Tensor, SolveStats]:
-    """A solve as one node of a graph that torch.compile traces. Its counts are not known."""
-    options = tuple((settings.options or {}).items())
-    by_row = settings.step_control == "sample"
-    backend = _compiled_backend(settings, x)
-    recipe = (settings.rtol, settings.atol, settings.method, options, by_row, backend)
-    return fused.compiled(mlp, x, t, columns, recipe), SolveStats(backend, settings.method or "")
+    """A solve as one node of a graph. See operators.py, which reads the string."""
+    spec, given = known.spec(), settings.adjoint
+    sizes = (
+        (spec.channels, spec.num_filters) if isinstance(spec, ConvSpec) else (spec.dim, spec.hidden)
+    )
+    adjoint = None
+    if given is not None:
+        adjoint = (given.rtol, given.atol, given.method, _pairs(given.options))
+    call = (
+        (*sizes, spec.activation, spec.time_dependent),
+        columns,
+        (
+            *(settings.rtol, settings.atol, settings.method, _pairs(settings.options)),
+            *(settings.backend, settings.step_control, settings.gradient, adjoint),
+        ),
+    )
+    solution, counts = torch.ops.anode_fast.solve(x, known.tensors(), t, f"{call}")
+    method = settings.method or "dopri5"
+    return solution, SolveStats(method=method) if _is_abstract(solution) else GraphStats(
+        method, counts
+    )
 
 
-def _compiled_backend(settings: Settings, x: Tensor) -> str:
-    """Whose kernels a compiled call uses, if they can."""
-    if settings.backend == "auto":
-        return "triton" if x.device.type == "cuda" else "cpu"
-    return settings.backend
+def _pairs(options: Options | None) -> tuple[Any, ...] | None:
+    return None if options is None else tuple(options.items())
 
 
 def odeint_event(
@@ -572,8 +703,8 @@ def explain(
     **kwargs: Any,
 ) -> str:
     """Which path `odeint` would take with these arguments, and why not a faster one. No solve."""
-    known = {"rtol", "atol", "event_fn", "return_stats"}
-    _refuse_unknown("explain", {name: x for name, x in kwargs.items() if name not in known})
+    taken = {"rtol", "atol", "event_fn", "return_stats"}
+    _refuse_unknown("explain", {name: x for name, x in kwargs.items() if name not in taken})
     settings = Settings(
         kwargs.get("rtol", 1e-7),
         kwargs.get("atol", 1e-9),
@@ -584,9 +715,29 @@ def explain(
         step_control,
         gradient,
     )
+    known = _of_ours(func)
+    if known is not None and isinstance(y0, Tensor) and fused.casts(known, y0):
+        with torch.autocast(y0.device.type, enabled=False):
+            return _explained(known, "", func, fused.widened(y0), t, settings)
+    if known is not None:
+        return _explained(known, "", func, y0, t, settings)
+    return _explained(*_recognized(func, y0, t, settings, 0), func, y0, t, settings)
+
+
+def _explained(
+    known: MLPField | ConvField | Recognized | None,
+    unknown: str,
+    func: Field,
+    y0: State,
+    t: Tensor,
+    settings: Settings,
+) -> str:
     problem = settings.problem(func, y0, t, warn=True)
-    plan = settings.plan(problem, settings.backward(problem))
-    return describe(problem, plan)
+    on_rows = problem
+    if isinstance(known, Recognized) and isinstance(y0, Tensor) and y0.dim() not in (2, 4):
+        rows = y0.reshape(-1, y0.shape[-1])
+        on_rows = settings.problem(_OnRows(func, y0.shape), rows, t)
+    return describe(problem, settings.plan(on_rows, settings.backward(problem), known, unknown))
 
 
 def _refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
@@ -605,7 +756,7 @@ def _run(
     params: list[Tensor] | None,
     backward: AdjointOptions,
 ) -> tuple[Any, SolveStats]:
-    """Carries out a plan on the reference path."""
+    """Carries out a plan for a field that no kernel evaluates."""
     stats = SolveStats(backend=plan.backend, method=problem.method)
     event_time: float | None = None
     if plan.gradient == "autograd" or not torch.is_grad_enabled():
@@ -626,7 +777,14 @@ def _solve(
     if problem.event_fn is not None:
         event_time, solution = reference.solve_event(problem, stats, f0=f0)
         return solution, event_time
-    return reference.solve(problem, stats, f0=f0, by_row=plan.by_row), None
+    return _solver(plan)(problem, stats, f0=f0), None
+
+
+def _solver(plan: Plan) -> adjoint.Solver:
+    """What solves a problem of the plan's."""
+    if plan.backend == "triton":
+        return any_field.solve
+    return functools.partial(reference.solve, by_row=True) if plan.by_row else reference.solve
 
 
 def _solve_with_gradient(
@@ -656,7 +814,7 @@ def _solve_with_gradient(
     call: adjoint.DiscreteCall | adjoint.ContinuousCall
     shared = dict(
         problem=problem,
-        solve=functools.partial(reference.solve, by_row=True) if plan.by_row else reference.solve,
+        solve=_solver(plan),
         start=first_derivative,
         stats=stats,
         f0=f0,

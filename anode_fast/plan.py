@@ -8,19 +8,21 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anode_fast import convolution, fused
+from anode_fast import any_field, convolution, fused, steps
 from anode_fast.adjoint import AdjointOptions
 from anode_fast.errors import InvalidArgument
 from anode_fast.fields import ConvField, MLPField
 from anode_fast.kernels import gpu
 from anode_fast.kernels.cpu import library
 from anode_fast.problem import ADAMS, ADAPTIVE, SCIPY, Problem
-from anode_fast.spec import ConvSpec
+from anode_fast.recognize import Recognized
+from anode_fast.spec import ConvSpec, Spec
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 GRADIENTS = ("auto", "autograd", "discrete", "continuous")
@@ -30,6 +32,10 @@ FIELDS = (MLPField, ConvField)
 """What the kernels know. Of a subclass they do not know what it does."""
 
 _NO_GPU = "the state is not on a GPU"
+_ANY_FIELD = (
+    "backend: PyTorch evaluates the field, the Triton kernels make the steps, launch by launch, "
+    "and choose their sizes on the device"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Plan:
             pass.
         by_row: Whether every row takes its own steps.
         reasons: Why, one sentence each.
+        spec: What the kernels run.
     """
 
     backend: str
@@ -50,6 +57,7 @@ class Plan:
     keep_steps: bool
     by_row: bool
     reasons: tuple[str, ...]
+    spec: Spec | None = None
 
 
 def choose(
@@ -62,6 +70,8 @@ def choose(
     is_adjoint: bool = False,
     has_adjoint_options: bool = False,
     params: Sequence[Tensor] | None = None,
+    field: MLPField | ConvField | Recognized | None = None,
+    unknown: str = "",
 ) -> Plan:
     """The plan for a call.
 
@@ -72,6 +82,8 @@ def choose(
         is_adjoint: Whether the call came through odeint_adjoint.
         has_adjoint_options: Whether it gave adjoint_rtol, _atol, _method or _options.
         params: Its adjoint_params.
+        field: The field as the kernels know it; None if they do not.
+        unknown: Why they do not.
 
     Raises:
         InvalidArgument: An unknown name, or a named backend or gradient that cannot run this call.
@@ -102,71 +114,132 @@ def choose(
             'odeint: gradient="continuous" needs step_control="batch". Use gradient="discrete".'
         )
     wanted = "continuous" if gradient == "auto" and has_adjoint_options else gradient
-    chosen, why = _choose_backend(problem, backend, wanted, by_row, backward, params)
+    of_reference = wanted
+    if wanted == "auto":
+        of_reference, *_ = _automatic(problem, is_adjoint, has_adjoint_options, by_row, False)
+    chosen, spec, why = _choose_backend(
+        problem, field, unknown, backend, wanted, of_reference, by_row, backward, params
+    )
+    if chosen == "reference" and backend != "reference":
+        why = (*why, "steps: " + _how_steps(problem, by_row))
     keep_steps = True
-    if gradient == "auto":
-        is_native = chosen == "triton" or (chosen == "cpu" and not _is_conv(problem))
+    if transform := fused.transform():
+        gradient = "autograd"
+        why = (*why, f"gradient: {transform}, and takes the solver's operations one by one")
+    elif gradient == "auto":
+        is_native = spec is not None and not (chosen == "cpu" and isinstance(spec, ConvSpec))
         automatic = _automatic(problem, is_adjoint, has_adjoint_options, by_row, is_native)
         gradient, keep_steps, reason = automatic
         why = (*why, "gradient: " + reason)
     else:
         why = (*why, "gradient: asked for")
-    return Plan(chosen, gradient, keep_steps, by_row, why)
+    return Plan(chosen, gradient, keep_steps, by_row, why, spec)
 
 
 def _choose_backend(
     problem: Problem,
+    field: MLPField | ConvField | Recognized | None,
+    unknown: str,
     backend: str,
     gradient: str,
+    of_reference: str,
     by_row: bool,
     backward: AdjointOptions,
     params: Sequence[Tensor] | None,
-) -> tuple[str, tuple[str, ...]]:
-    """The backend, and why."""
+) -> tuple[str, Spec | None, tuple[str, ...]]:
+    """The backend, what it runs, and why. `of_reference`: the gradient there if none is named."""
     if backend == "reference":
-        return "reference", ("backend: asked for",)
-    field = problem.original
+        return "reference", None, ("backend: asked for",)
+    specs: tuple[Spec, ...] = ()
     tensors: Sequence[Tensor] = ()
-    spec = None
-    if isinstance(field, (MLPField, ConvField)) and type(field) in FIELDS:
-        tensors, spec = field.tensors(), field.spec()
+    if field is not None:
+        specs = field.specs if isinstance(field, Recognized) else (field.spec(),)
+        tensors = field.tensors()
     reasons: dict[str, str] = {}
     for name in ("cpu", "triton"):
         if name == "triton" and backend == "auto" and not problem.y0.is_cuda:
             reasons[name] = _NO_GPU
             continue
-        if name == "cpu" and isinstance(spec, ConvSpec):
-            # The solver is the reference's, which can do everything.
-            reasons[name] = convolution.why_not(field, problem.y0)
-            continue
-        why = fused.why_not(name, problem, spec, tensors)
-        if not why and gradient == "autograd":
-            why = 'gradient="autograd" goes through the reference solver\'s operations'
-        if not why and gradient == "continuous":
-            why = fused.why_not_adjoint(name, problem, backward)
-        if not why and params is not None and {id(x) for x in params} != {id(x) for x in tensors}:
-            why = "adjoint_params are not the field's own parameters"
-        reasons[name] = why
-    if backend != "auto" and reasons[backend]:
+        reasons[name] = unknown
+        for spec in specs:
+            why = _why_not(name, problem, spec, field, tensors, gradient, backward)
+            why = why or _why_not_params(field, tensors, params)
+            if not why and backend in ("auto", name):
+                return name, spec, (_how(name, problem, spec, by_row),)
+            reasons[name] = why
+        if name == "triton" and backend in ("auto", name) and not isinstance(field, FIELDS):
+            why = _why_not_any_field(problem, backend, of_reference, by_row)
+            if not why:
+                return "triton", None, (_ANY_FIELD, f"backend: not in one call: {reasons[name]}")
+            reasons[name] = f"{reasons[name]}; and {why}" if reasons[name] else why
+    if backend != "auto":
         raise InvalidArgument(
             f'odeint: backend="{backend}" cannot run this call: {reasons[backend]}. Use '
             '"auto" or "reference".'
         )
-    chosen = [name for name in reasons if not reasons[name] and backend in ("auto", name)]
-    if not chosen:
-        return "reference", tuple(f"backend: not {name}: {why}" for name, why in reasons.items())
-    if chosen[0] == "triton" and spec is not None:
+    return "reference", None, tuple(f"backend: not {n}: {why}" for n, why in reasons.items())
+
+
+def _why_not(
+    backend: str,
+    problem: Problem,
+    spec: Spec,
+    field: Any,
+    tensors: Sequence[Tensor],
+    gradient: str,
+    backward: AdjointOptions,
+) -> str:
+    """Why a backend cannot run a call of a field that it knows; "" if it can."""
+    if backend == "cpu" and isinstance(spec, ConvSpec):
+        # The solver is the reference's, which can do everything.
+        return convolution.why_not(field, problem.y0)
+    if why := fused.why_not(backend, problem, spec, tensors):
+        return why
+    if gradient == "autograd":
+        return 'gradient="autograd" goes through the reference solver\'s operations'
+    if gradient == "continuous":
+        return fused.why_not_adjoint(backend, problem, backward)
+    return ""
+
+
+def _why_not_params(field: Any, tensors: Sequence[Tensor], params: Sequence[Tensor] | None) -> str:
+    """The same of adjoint_params: the kernels' gradients are those of all that a field holds."""
+    if params is None:
+        return ""
+    given = {id(x) for x in params}
+    if isinstance(field, Recognized):
+        fits = given.issuperset(id(x) for x in field.leaves() if x.requires_grad)
+    else:
+        fits = given == {id(x) for x in tensors}
+    return "" if fits else "adjoint_params are not the field's own parameters"
+
+
+def _how(backend: str, problem: Problem, spec: Spec, by_row: bool) -> str:
+    """What a backend does of a solve."""
+    if backend == "triton":
         how = fused.described(problem, spec, by_row)
-        return "triton", (f"backend: the Triton kernels run the whole solve: {how}",)
+        return f"backend: the Triton kernels run the whole solve: {how}"
     if isinstance(spec, ConvSpec):
-        return "cpu", (
-            "backend: the C++ kernels evaluate the field, PyTorch operations make the steps",
+        return "backend: the C++ kernels evaluate the field, PyTorch operations make the steps"
+    return "backend: the C++ kernels run the whole solve in one call"
+
+
+def _why_not_any_field(problem: Problem, backend: str, gradient: str, by_row: bool) -> str:
+    """Why the Triton kernels cannot make the steps of a field that PyTorch evaluates."""
+    if by_row:
+        return "every row takes its own steps"
+    if gradient == "autograd" and torch.is_grad_enabled():
+        return (
+            'gradient="autograd" goes through the reference solver\'s operations; use '
+            'gradient="discrete", odeint_adjoint or torch.no_grad()'
         )
-    return "cpu", ("backend: the C++ kernels run the whole solve in one call",)
+    return any_field.why_not(problem)
 
 
-def _is_conv(problem: Problem) -> bool:
-    return type(problem.original) is ConvField
+def _how_steps(problem: Problem, by_row: bool) -> str:
+    """What computes between the evaluations of a field that no kernel knows."""
+    reason = "every row has its own" if by_row else steps.why_not(problem)
+    return f"PyTorch operations: {reason}" if reason else "C++ between the field's evaluations"
 
 
 def _automatic(

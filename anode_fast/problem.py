@@ -14,13 +14,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from anode_fast.distributed import SharedNorm
 from anode_fast.errors import InvalidArgument, InvalidType, NonFiniteState
-from anode_fast.tableau import TABLEAUS
+from anode_fast.tableau import TABLEAUS, ButcherTableau
 from anode_fast.vector_field import HERE, NEXT, Layout, VectorField
 
 State = Tensor | tuple[Tensor, ...]
@@ -72,6 +73,45 @@ MAX_GRID = 10_000_000
 """Longest grid of a fixed-step method."""
 
 
+class Arithmetic(Protocol):
+    """What a step of an explicit Runge-Kutta method computes beside the field."""
+
+    def stages(
+        self,
+        tableau: ButcherTableau,
+        field: VectorField,
+        interval: Any,
+        y: Tensor,
+        f0: Tensor | None,
+        sides: tuple[int, int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The solution at the end of a step and its stage derivatives, the first unless given.
+
+        Stages at the very start and end of the step are evaluated on these sides of it, in case the
+        field jumps there.
+        """
+        ...
+
+    def combine(
+        self, y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Any], h: Any
+    ) -> Tensor:
+        """Returns y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
+        ...
+
+    def scaled_norm(
+        self,
+        y0: Tensor,
+        y1: Tensor,
+        ks: Sequence[Tensor],
+        weights: Sequence[float],
+        h: Any,
+        tolerances: tuple[float | Tensor, float | Tensor],
+        norm: Norm,
+    ) -> float:
+        """Norm of h * sum_j weights[j] * ks[j] over the tolerance atol + rtol * max(|y0|, |y1|)."""
+        ...
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """Root mean square of all entries; 0 for an empty tensor."""
     norm: Tensor = torch.linalg.vector_norm(x)
@@ -80,7 +120,45 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def mixed_norm(parts: Sequence[Tensor]) -> Tensor | float:
     """The largest `rms_norm` of the parts of a tuple state."""
-    return max((rms_norm(part) for part in parts), default=0.0)
+    return torch.stack([rms_norm(part) for part in parts]).amax() if parts else 0.0
+
+
+def underlying(x: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func: under vmap that of all examples."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
+def number(x: Tensor | float) -> float:
+    """A number on the host; under vmap the largest one of all examples, which share their steps."""
+    if isinstance(x, Tensor) and (inside := underlying(x)) is not x:
+        return float(inside.max())
+    return float(x)
+
+
+class NormOfParts:
+    """A norm of a tuple state as one of the flat state.
+
+    Args:
+        norm: Of the tuple. May have the attribute `sizes`.
+        layout: The tuple's.
+
+    Attributes:
+        sizes: Of the first parts of the state, if the norm is the largest `rms_norm` of those, else
+            None.
+    """
+
+    def __init__(self, norm: Norm, layout: Layout) -> None:
+        self._norm = norm
+        self._unpack = layout.unpack
+        known = layout.sizes if norm is mixed_norm else getattr(norm, "sizes", None)
+        self.sizes: tuple[int, ...] | None = None if known is None else tuple(known)
+
+    def __call__(self, x: Tensor) -> Tensor | float:
+        """The norm of a flat state."""
+        return self._norm(self._unpack(x))
 
 
 @dataclass
@@ -102,6 +180,8 @@ class Problem:
         state_dtype: dtype of the user's state.
         layout: The user's tuple, or None for one tensor.
         original: The user's own callable.
+        arithmetic: How steps compute; None: by PyTorch operations.
+        shared: The norm by which several processes decide together, or None.
         suggested_step: The step an adaptive solve would take next; set by the solver.
     """
 
@@ -120,6 +200,8 @@ class Problem:
     state_dtype: torch.dtype
     layout: Layout | None
     original: Callable[..., Any]
+    arithmetic: Arithmetic | None = None
+    shared: SharedNorm | None = None
     suggested_step: float | None = None
 
     @property
@@ -264,16 +346,22 @@ def make_problem(
     options: Mapping[str, Any] | None = None,
     event_fn: Callable[..., Any] | None = None,
     warn: bool = True,
+    shared: SharedNorm | None = None,
 ) -> Problem:
     """Checks the arguments of a solve and brings them to normal form. Evaluates nothing.
 
     Raises:
         InvalidArgument, InvalidType: With where, got, wanted and what to do.
         NonFiniteState: y0 holds nan or inf.
+
+    `shared` as in `Problem`, if the option norm does not say so.
     """
     if not callable(func):
         raise InvalidType(f"odeint: func is a {type(func).__name__}, want a callable func(t, y)")
-    layout, state = _check_state(y0)
+    if isinstance(options, Mapping) and isinstance(options.get("norm"), SharedNorm):
+        shared = options["norm"]
+    # One process must not stop alone: the others would wait for it. The norm will be nan for all.
+    layout, state = _check_state(y0, is_finite=shared is None)
     method = "dopri5" if method is None else method
     if not isinstance(method, str) or method not in FAMILIES:
         close = difflib.get_close_matches(str(method), FAMILIES, n=1)
@@ -304,12 +392,7 @@ def make_problem(
     kept = _check_options(method, family, options, len(times), backwards, event_fn, warn)
     norm = kept.pop("norm", None)
     if layout:
-        user_norm, unpack = norm or mixed_norm, layout.unpack
-
-        def norm_of_parts(x: Tensor) -> Tensor | float:
-            return user_norm(unpack(x))
-
-        norm = norm_of_parts
+        norm = NormOfParts(norm or mixed_norm, layout)
     return Problem(
         field=field,
         y0=state.float() if narrow else state,
@@ -326,10 +409,11 @@ def make_problem(
         state_dtype=state_dtype,
         layout=layout,
         original=func,
+        shared=shared,
     )
 
 
-def _check_state(y0: State) -> tuple[Layout | None, Tensor]:
+def _check_state(y0: State, is_finite: bool) -> tuple[Layout | None, Tensor]:
     if isinstance(y0, Tensor):
         parts: Sequence[Tensor] = (y0,)
     elif isinstance(y0, tuple) and y0 and all(isinstance(part, Tensor) for part in y0):
@@ -352,12 +436,13 @@ def _check_state(y0: State) -> tuple[Layout | None, Tensor]:
             raise InvalidArgument(f"odeint: y0 lies on {parts[0].device} and {part.device}")
     layout = None if isinstance(y0, Tensor) else Layout(parts)
     state = layout.pack(parts) if layout else parts[0]
-    finite = torch.isfinite(state.detach())
-    if not finite.all():
+    values = underlying(state.detach())
+    finite = torch.isfinite(values)
+    if is_finite and not finite.all():
         bad = (~finite).sum().item()
-        kind = "nan" if torch.isnan(state.detach()).any() else "inf"
+        kind = "nan" if torch.isnan(values).any() else "inf"
         raise NonFiniteState(
-            f"non-finite values in state y0: {kind} among {bad} of {state.numel()} entries before "
+            f"non-finite values in state y0: {kind} among {bad} of {values.numel()} entries before "
             "the first step. Look at what made y0."
         )
     return layout, state

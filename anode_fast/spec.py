@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from anode_fast.errors import InvalidArgument, InvalidType
+from anode_fast.kernels.program import Program
 
 ACTIVATIONS = ("relu", "softplus", "tanh", "sigmoid", "silu", "gelu", "elu", "identity")
 """Names of the activations. They mean torch.nn.functional's with default arguments: softplus with
@@ -104,3 +106,7 @@ class ConvSpec:
         size("ConvSpec", "channels", self.channels)
         size("ConvSpec", "num_filters", self.num_filters)
         check_activation("ConvSpec", self.activation)
+
+
+Spec: TypeAlias = MLPSpec | ConvSpec | Program
+"""Any field that a kernel can run."""

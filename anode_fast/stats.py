@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class Status(IntEnum):
     """Outcome of a solve. Kernels return these numbers; the host turns failures into exceptions."""
@@ -60,3 +63,40 @@ class DeviceStats(SolveStats):
         if name in ("nfe", "nfe_backward", "accepted", "rejected", "status"):
             vars(self).update(object.__getattribute__(self, "later")())
         return object.__getattribute__(self, name)
+
+
+class GraphStats(SolveStats):
+    """Counts of a solve in a compiled graph, which gives them as a tensor.
+
+    Args:
+        method: Name of the integration method.
+        counts: What `counted` made of the solve's own counts.
+    """
+
+    def __init__(self, method: str, counts: Tensor) -> None:
+        self.method, self.status = method, Status.SUCCESS
+        self._counts = counts
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        """As in `SolveStats`."""
+        return _BACKENDS[int(self._counts[-1])]
+
+
+_BACKENDS = ("reference", "cpu", "triton")
+_COUNTS = ("nfe", "nfe_backward", "accepted", "rejected", "launches")
+for _place, _name in enumerate(_COUNTS):
+    setattr(
+        GraphStats,
+        _name,
+        property(lambda self, place=_place: int(self._counts[place])),  # type: ignore[misc]
+    )
+
+NUM_COUNTS = len(_COUNTS) + 1
+"""Numbers in a `GraphStats`."""
+
+
+def counted(stats: SolveStats) -> Tensor:
+    """The counts for a `GraphStats`, int64."""
+    counts = [getattr(stats, name) for name in _COUNTS]
+    return torch.tensor([*counts, _BACKENDS.index(stats.backend)], device="cpu")

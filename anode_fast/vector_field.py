@@ -40,6 +40,7 @@ class Layout:
             self.dtype = torch.promote_types(self.dtype, dtype)
         if self._as_pairs:
             self.dtype = self.dtype.to_real()
+        self._is_uniform = all(dtype is self.dtype for dtype in self.dtypes)
         self.sizes = [
             shape.numel() * (2 if self._as_pairs and is_complex else 1)
             for shape, is_complex in zip(self.shapes, complex_parts, strict=True)
@@ -47,6 +48,8 @@ class Layout:
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """The parts one after the other, [sum of sizes]."""
+        if self._is_uniform:
+            return torch.cat([part if part.dim() == 1 else part.reshape(-1) for part in parts])
         flat = []
         for part in parts:
             if self._as_pairs and part.is_complex():
@@ -56,8 +59,21 @@ class Layout:
         packed = torch.cat(flat)
         return packed if packed.dtype == self.dtype else packed.to(self.dtype)
 
+    def fits(self, parts: Sequence[Any]) -> bool:
+        """Whether these are tensors like the parts, and all of one dtype."""
+        return self._is_uniform and all(
+            type(part) is Tensor and part.dtype is self.dtype and part.shape == shape
+            for part, shape in zip(parts, self.shapes, strict=True)
+        )
+
     def unpack(self, flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         """The parts of `flat`, [*lead, sum of sizes], each [*lead, *its shape]."""
+        if self._is_uniform and not lead and flat.dtype is self.dtype:
+            pieces = flat.split_with_sizes(self.sizes)
+            return tuple(
+                piece if len(shape) == 1 else piece.view(shape)
+                for piece, shape in zip(pieces, self.shapes, strict=True)
+            )
         parts = []
         for piece, shape, dtype in zip(
             flat.split(self.sizes, dim=-1), self.shapes, self.dtypes, strict=True
@@ -88,6 +104,7 @@ class VectorField:
         noise: Unit roundoff of what the field really computes in, if coarser than the solver's
             dtype (half precision states, autocast), else 0. Known after the first evaluation.
         roundoff: That of the coarsest part of the state, in which its derivative is given.
+        time_dtype: dtype in which `func` gets the time.
     """
 
     def __init__(
@@ -107,7 +124,7 @@ class VectorField:
         self.noise = 0.0
         self._dtype = state_dtype
         self._solver_dtype = accumulate_dtype or state_dtype
-        self._time_dtype = state_dtype.to_real() if state_dtype.is_complex else state_dtype
+        self.time_dtype = state_dtype.to_real() if state_dtype.is_complex else state_dtype
         self._device = device
         self._casts = self._solver_dtype != state_dtype
         if self._casts:
@@ -119,6 +136,9 @@ class VectorField:
         self._reuses_output = False
         self._needs_grad = False
         self._last_output: Tensor | None = None
+        # Whether two evaluations have shown that the field gets and returns plain states, and
+        # neither writes into one nor returns the same memory again.
+        self._settled = False
 
     def __call__(
         self, t: float | Tensor, y: Tensor, shift: Tensor | None = None, side: int = HERE
@@ -134,51 +154,79 @@ class VectorField:
         Raises:
             InvalidArgument, InvalidType: The field's value does not fit the state.
         """
+        return self.at(self.time(t, shift, side), y)
+
+    def at(self, time: Tensor, y: Tensor) -> Tensor:
+        """dy/dt at the user's time, a tensor as the field gets it."""
         self.nfe += 1
+        if self._settled and not y.is_inference():
+            version, layout = y._version, self.layout
+            try:
+                found = self.func(time, layout.unpack(y) if layout else y)
+            except RuntimeError as error:
+                found = self._call_again(error, time, y)
+            value = self._packed(layout, found) if layout else found
+            if (
+                type(value) is Tensor
+                and value.dtype is self._dtype
+                and value.shape == y.shape
+                and value.device == y.device
+                and y._version == version
+            ):
+                settled: Tensor = value
+                return -settled if self.backwards else settled
+            return self._finished(found, y, y, version)
         first = self.nfe == 1
-        time = self._time(t, shift, side)
         state = y.to(self._dtype) if self._casts else y
         # Inference tensors do not count writes: no telling whether the field makes some.
         tracked = not state.is_inference()
         if (first and state is y) or self._writes_input or not tracked:
             state = state.clone()
-        version = state._version if tracked else 0
-        value = self._call(time, state)
-        if tracked and state._version != version and not self._writes_input:
+        before = state._version if tracked else None
+        return self._finished(self._call(time, state), y, state, before, first)
+
+    def _finished(
+        self, value: Any, y: Tensor, state: Tensor, version: int | None, first: bool = False
+    ) -> Tensor:
+        if version is not None and state._version != version and not self._writes_input:
             self._note_write(first)
-        value = self._check(value, y)
-        return -value if self.backwards else value
+        checked = self._check(value, y)
+        self._settled = self.nfe > 1 and not (
+            self._casts or self._writes_input or self._reuses_output or self._needs_grad
+        )
+        return -checked if self.backwards else checked
 
     def user_time(self, t: float) -> float:
         """The user's time at solver time t."""
         return -t if self.backwards else t
 
-    def _time(self, t: float | Tensor, shift: Tensor | None, side: int) -> Tensor:
+    def time(self, t: float | Tensor, shift: Tensor | None = None, side: int = HERE) -> Tensor:
+        """The user's time at solver time t, a tensor of its own."""
         if isinstance(t, Tensor):
-            time = t.to(self._time_dtype, copy=True)  # the field may change it in place
+            time = t.to(self.time_dtype, copy=True)  # the field may change it in place
             if side:
                 time = torch.nextafter(time, torch.full_like(time, side * math.inf))
         else:
             if side:
                 t = self._neighbour(t, side)
             time = torch.scalar_tensor(
-                -t if self.backwards else t, dtype=self._time_dtype, device=self._device
+                -t if self.backwards else t, dtype=self.time_dtype, device=self._device
             )
             if shift is None:
                 return time
         if self.backwards and isinstance(t, Tensor):
             time = -time
         if shift is not None:
-            shift = shift.to(device=self._device, dtype=self._time_dtype)
+            shift = shift.to(device=self._device, dtype=self.time_dtype)
             time = time - shift if self.backwards else time + shift
         return time
 
     def _neighbour(self, t: float, side: int) -> float:
-        if self._time_dtype == torch.float64:
+        if self.time_dtype == torch.float64:
             return math.nextafter(t, side * math.inf)
-        if self._time_dtype == torch.float32:
+        if self.time_dtype == torch.float32:
             return float(np.nextafter(np.float32(t), np.float32(side * math.inf)))
-        at = torch.scalar_tensor(t, dtype=self._time_dtype)
+        at = torch.scalar_tensor(t, dtype=self.time_dtype)
         return torch.nextafter(at, torch.full_like(at, side * math.inf)).item()
 
     def _call(self, time: Tensor, state: Tensor) -> Any:
@@ -187,10 +235,14 @@ class VectorField:
         try:
             return self.func(time, self.layout.unpack(state) if self.layout else state)
         except RuntimeError as error:
-            # A field that calls torch.autograd.grad needs a state that requires grad.
-            if "does not require grad" not in str(error):
-                raise
+            return self._call_again(error, time, state)
+
+    def _call_again(self, error: RuntimeError, time: Tensor, state: Tensor) -> Any:
+        """A field that calls torch.autograd.grad needs a state that requires grad."""
+        if self._needs_grad or "does not require grad" not in str(error):
+            raise error
         self._needs_grad = True
+        self._settled = False
         return self._call_with_grad(time, state)
 
     def _call_with_grad(self, time: Tensor, state: Tensor) -> Any:
@@ -261,6 +313,8 @@ class VectorField:
                 f"odeint: the state is a tuple of {len(layout.shapes)} tensors, but the field "
                 f"returned {len(value)} parts. Return one derivative per part."
             )
+        if layout.fits(value):
+            return layout.pack(value)
         for i, (part, shape) in enumerate(zip(value, layout.shapes, strict=True)):
             if not isinstance(part, Tensor):
                 raise InvalidType(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 FIXED, BATCH, SAMPLE = 0, 1, 2
 """Kinds of step control."""
 
-SUCCESS, MAX_STEPS, UNDERFLOW, NON_FINITE, NON_FINITE_INPUT, OUT_OF_MEMORY = range(6)
-"""Outcomes of a solve."""
+SUCCESS, MAX_STEPS, UNDERFLOW, NON_FINITE, NON_FINITE_INPUT, OUT_OF_MEMORY, FIELD_DIFFERS = range(7)
+"""Outcomes of a solve. The last: the field is not what it was expected to be."""
 
 
 @dataclass(frozen=True)

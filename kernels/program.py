@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 TIME, STATE = 0, 1
@@ -371,9 +370,9 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
-    "softplus": F.softplus,
-    "silu": F.silu,
-    "gelu": F.gelu,
+    "softplus": torch.ops.aten.softplus,
+    "silu": torch.ops.aten.silu,
+    "gelu": torch.ops.aten.gelu,
 }
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
@@ -452,7 +451,8 @@ def _value(
     if x.op in _UNARY:
         return _UNARY[x.op](inputs[0])
     if x.op == "elu":
-        return F.elu(inputs[0], x.number)
+        elu: Tensor = torch.ops.aten.elu(inputs[0], x.number)
+        return elu
     if x.op == "pow":
         return torch.pow(inputs[0], x.number)
     if x.op.startswith("d_"):
@@ -465,14 +465,15 @@ def _value(
         return given[0].reshape(1, x.width)
     if x.op in ("linear", "linear_t"):
         weight = given[0] if x.op == "linear" else given[0].t()
-        return F.linear(inputs[0], weight, *given[1:])
+        product = inputs[0] @ weight.t()
+        return product + given[1] if len(given) > 1 else product
     if x.op == "slice":
         return inputs[0][:, start : start + x.width]
     if x.op == "join":
         return torch.cat(inputs, 1)
     if x.op == "place":
         width = inputs[0].shape[1]
-        return F.pad(inputs[0], (start, x.width - start - width))
+        return torch.constant_pad_nd(inputs[0], (start, x.width - start - width))
     if x.op == "total":
         return inputs[0].sum(1, keepdim=True)
     if x.op == "select":
@@ -487,6 +488,6 @@ def _derivative(x: Instruction, a: Tensor) -> Tensor:
     """Of an activation, by PyTorch's own backward pass."""
     with torch.enable_grad():
         leaf = a.detach().requires_grad_()
-        value = F.elu(leaf, x.number) if x.op == "d_elu" else _UNARY[x.op[2:]](leaf)
+        value = torch.ops.aten.elu(leaf, x.number) if x.op == "d_elu" else _UNARY[x.op[2:]](leaf)
         slope: Tensor = torch.autograd.grad(value, leaf, torch.ones_like(value))[0]
     return slope

@@ -391,14 +391,6 @@ def test_without_grad(given):
         assert_equal(y, want)
 
 
-def test_autocast_falls_back():
-    field, x = a_field(dtype=f32), a_state(dtype=f32)
-    remember(field, x, **BATCH)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = left_to_reference(field, x, **BATCH)
-    assert 1e-5 < (y - solved(field, x, **BATCH)[0]).abs().max() < 0.1  # it computed in bfloat16
-
-
 first_use_of_forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 
@@ -1211,7 +1203,7 @@ def test_fallbacks_equal_the_reference(name):
     assert_equal(got, want)
 
 
-@pytest.mark.parametrize("state", ["autocast", "torch.func", "forward-mode"])
+@pytest.mark.parametrize("state", ["torch.func", "forward-mode"])
 def test_why_not_now(state):
     field, x = MLPField(3, 8), torch.randn(4, 3)
     texts = []
@@ -1220,10 +1212,7 @@ def test_why_not_now(state):
         texts.append(explain(field, x, T))
         return x
 
-    if state == "autocast":
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            look(x)
-    elif state == "torch.func":
+    if state == "torch.func":
         torch.func.grad(lambda x: look(x).sum())(x)
     else:
         with forward_ad.dual_level():

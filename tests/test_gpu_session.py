@@ -334,6 +334,24 @@ def test_without_hypothesis_other_tests_run(tmp_path):
     )
 
 
+def test_tests_that_there_is_no_time_for_are_named(tmp_path):
+    names = ["tests/kernels/gpu/test_jit.py::test_a", "tests/kernels/gpu/test_jit.py::test_b"]
+    row = suite.run("tests/test_it.py, 1 of 2", names, tmp_path, end=0.0)
+    assert [row[x] for x in ("verdict", "passed", "failed", "not run")] == ["failed", 0, 0, 2]
+    assert row["failures"][0]["note"] == f"no time for 2 tests, from {names[0]} on"
+    ended = [{"test": names[0], "outcome": "passed"}]
+    assert suite.summed("it", None, ended, names)["not run"] == 1
+    assert suite.summed("it", None, ended, names[:1])["verdict"] == "passed"
+
+
+def test_tests_are_dealt_out():
+    files = [ROOT / "tests/kernels/gpu" / f"test_{name}.py" for name in ("products", "controller")]
+    shares = dict(suite.shares(files))
+    assert all(0 < len(names) <= suite.TESTS for names in shares.values())
+    found = [name for names in shares.values() for name in names]
+    assert len(set(found)) == len(found) > 5 and all("cuda" in name for name in found)
+
+
 def test_gpu_tests_are_found():
     files = suite.test_files(ROOT / "tests")
     assert ROOT / "tests/kernels/gpu/test_activations.py" == files[0]

@@ -13,10 +13,17 @@ ORDER = """
     anode_fast
     anode_fast.models
     anode_fast.block
+    anode_fast.operators
     anode_fast.odeint
     anode_fast.plan
     anode_fast.recognize
+    anode_fast.recognize.images
+    anode_fast.recognize.rows
+    anode_fast.recognize.trace
+    anode_fast.recognize.surroundings
     anode_fast.convolution
+    anode_fast.steps
+    anode_fast.any_field
     anode_fast.fields
     anode_fast.fused
     anode_fast.kernels
@@ -24,6 +31,7 @@ ORDER = """
     anode_fast.kernels.gpu.aot
     anode_fast.kernels.gpu.solve
     anode_fast.kernels.gpu.by_stage
+    anode_fast.kernels.gpu.any_field
     anode_fast.kernels.gpu.launch
     anode_fast.kernels.gpu.host
     anode_fast.kernels.gpu.reverse
@@ -42,6 +50,7 @@ ORDER = """
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
     anode_fast.kernels.cpu.conv
+    anode_fast.kernels.cpu.combine
     anode_fast.kernels.cpu.library
     anode_fast.kernels.program
     anode_fast.kernels.interface
@@ -59,9 +68,11 @@ ORDER = """
     anode_fast.problem
     anode_fast.vector_field
     anode_fast.spec
+    anode_fast.kernels.program
     anode_fast.tableau
     anode_fast.stats
     anode_fast.errors
+    anode_fast.distributed
 """.split()
 
 # Kernels import nothing of the package but kernels, though there are modules below them.

@@ -23,6 +23,7 @@ PUBLIC = {
     "MaxStepsExceeded",
     "NonFiniteState",
     "ODENet",
+    "SharedNorm",
     "SolveStats",
     "SolverError",
     "Status",

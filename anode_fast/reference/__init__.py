@@ -15,16 +15,19 @@ from anode_fast.problem import (
     IMPLICIT,
     SCIPY,
     Problem,
+    underlying,
 )
 from anode_fast.reference.adams import AdamsRecipe
 from anode_fast.reference.dense import DenseSolution, solution_at
 from anode_fast.reference.events import solve_until_event
 from anode_fast.reference.implicit import ImplicitRecipe
 from anode_fast.reference.runge_kutta import (
+    PLAIN,
     FixedRecipe,
     adaptive_steps,
     grid_steps,
     row_times,
+    solution_on_grid,
     solve_by_row,
 )
 from anode_fast.reference.scipy import solve_with_scipy
@@ -58,7 +61,7 @@ def grid_recipe(problem: Problem) -> Callable[[Interval, Tensor, Tensor | None],
     options, field, perturb = problem.options, problem.field, problem.perturb
     linear = options.get("interp", "cubic") == "linear"
     if problem.family == FIXED:
-        return FixedRecipe(field, TABLEAUS[problem.method], linear, perturb)
+        return _fixed_recipe(problem)
     if problem.family == IMPLICIT:
         return ImplicitRecipe(
             field,
@@ -77,6 +80,22 @@ def grid_recipe(problem: Problem) -> Callable[[Interval, Tensor, Tensor | None],
         max_order=options.get("max_order", 12),
         tolerances=(problem.rtol, problem.atol),
     )
+
+
+def _fixed_recipe(problem: Problem) -> FixedRecipe:
+    linear = problem.options.get("interp", "cubic") == "linear"
+    return FixedRecipe(
+        *(problem.field, TABLEAUS[problem.method], linear, problem.perturb),
+        problem.arithmetic or PLAIN,
+    )
+
+
+def _grid_of_outputs(problem: Problem) -> list[tuple[float, Tensor | None]]:
+    """The grid, if all output times are on it and no gradient flows to them; else []."""
+    if problem.shifts is not None:
+        return []
+    grid = problem.grid()
+    return grid if {t for t, _ in grid}.issuperset(problem.times) else []
 
 
 def first_derivative(problem: Problem, *, by_row: bool = False) -> Tensor:
@@ -114,6 +133,8 @@ def solve(
         solution = solve_by_row(problem, TABLEAUS[problem.method], stats, f0, watch)
     elif problem.family == SCIPY:
         solution = solve_with_scipy(problem)
+    elif problem.family == FIXED and watch is None and (grid := _grid_of_outputs(problem)):
+        solution = solution_on_grid(problem, _fixed_recipe(problem), grid, stats, f0)
     else:
         watched = _watched(steps(problem, stats, f0), watch)
         solution = solution_at(problem.times, problem.shifts, problem.y0, watched)
@@ -159,15 +180,16 @@ def _check_finite(problem: Problem, solution: Tensor) -> None:
 
     Not called on a GPU, where it would be the only synchronisation of a fixed-step solve.
     """
-    finite = torch.isfinite(solution.detach()).unsqueeze(-1).flatten(1).all(1)
+    finite = underlying(torch.isfinite(solution.detach()).unsqueeze(-1).flatten(1).all(1))
     if not finite.all():
-        raise problem.non_finite_output(int((~finite).nonzero()[0]))
+        raise problem.non_finite_output(int((~finite).nonzero()[0][-1]))
 
 
 __all__ = [
     "DenseSolution",
     "dense",
     "first_derivative",
+    "grid_recipe",
     "solve",
     "solve_event",
 ]

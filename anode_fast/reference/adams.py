@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anode_fast.errors import InvalidArgument
-from anode_fast.reference.runge_kutta import stages
+from anode_fast.reference.runge_kutta import PLAIN
 from anode_fast.reference.step import GridStep, Interval, combine
 from anode_fast.tableau import RK4
 from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
@@ -115,7 +115,7 @@ class AdamsRecipe:
         self._history.appendleft(k0)
         if len(self._history) < MIN_ORDER - 1:
             end_side = PREV if self.perturb else HERE
-            y1, _ = stages(RK4, self.field, interval, y, k0, end_side)
+            y1, _ = PLAIN.stages(RK4, self.field, interval, y, k0, (HERE, end_side))
         else:
             y1 = self._multistep(interval, y)
         return GridStep(self.field, interval, y, y1, f0, self.linear, self.perturb, slope0=k0)

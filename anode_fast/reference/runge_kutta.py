@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from anode_fast import failures
 from anode_fast.controller import Controller, first_guess, initial_step
 from anode_fast.errors import NonDeterministicField
-from anode_fast.problem import DEFAULT_MAX_STEPS, Norm, Problem
+from anode_fast.problem import DEFAULT_MAX_STEPS, Arithmetic, Norm, Problem, number, underlying
 from anode_fast.reference.step import GridStep, Interval, Recipe, Step, combine, moved
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import ButcherTableau
@@ -32,29 +33,59 @@ REJECTIONS_BEFORE_DOUBT = 8
 """Rejections in a row after which two evaluations tell whether the field is deterministic."""
 
 
-def stages(
-    tableau: ButcherTableau,
-    field: VectorField,
-    interval: Interval,
-    y: Tensor,
-    f0: Tensor,
-    end_side: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """The stage derivatives k_j of one step and the solution at its end.
+class PlainArithmetic:
+    """Steps by PyTorch operations: on any device, in any dtype, differentiable."""
 
-    A stage at the very end of the step is evaluated on `end_side` of it, in case the field jumps
-    there.
-    """
-    h = interval.h
-    ks = [f0]
-    stage = y
-    for c, row in zip(tableau.c_float[1:], tableau.a_float[1:], strict=True):
-        stage = combine(y, ks, row, h)
-        t, shift = interval.at(c)
-        ks.append(field(t, stage, shift, end_side if c == 1 else HERE))
-    if tableau.solution_is_last_stage:
-        return stage, ks
-    return combine(y, ks, tableau.b_float, h), ks
+    def stages(
+        self,
+        tableau: ButcherTableau,
+        field: VectorField,
+        interval: Interval,
+        y: Tensor,
+        f0: Tensor | None,
+        sides: tuple[int, int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The solution at the end of a step and its stage derivatives, the first unless given."""
+        h = interval.h
+        if f0 is None:
+            f0 = field(interval.t0, y, interval.shift0, sides[0])
+        ks = [f0]
+        stage = y
+        for c, row in zip(tableau.c_float[1:], tableau.a_float[1:], strict=True):
+            stage = combine(y, ks, row, h)
+            t, shift = interval.at(c)
+            ks.append(field(t, stage, shift, sides[1] if c == 1 else HERE))
+        if tableau.solution_is_last_stage:
+            return stage, ks
+        return combine(y, ks, tableau.b_float, h), ks
+
+    def combine(
+        self, y: Tensor | None, ks: Sequence[Tensor], weights: Sequence[Any], h: Any
+    ) -> Tensor:
+        """Returns y + h * sum_j weights[j] * ks[j]; y=None: the sum alone."""
+        return combine(y, ks, weights, h)
+
+    def scaled_norm(
+        self,
+        y0: Tensor,
+        y1: Tensor,
+        ks: Sequence[Tensor],
+        weights: Sequence[float],
+        h: Any,
+        tolerances: tuple[float | Tensor, float | Tensor],
+        norm: Norm,
+    ) -> float:
+        """Norm of h * sum_j weights[j] * ks[j] over the tolerance atol + rtol * max(|y0|, |y1|)."""
+        return number(norm(scaled(combine(None, ks, weights, h), y0, y1, *tolerances)))
+
+
+PLAIN = PlainArithmetic()
+
+
+def scaled(x: Tensor, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor) -> Tensor:
+    """Divides x by the tolerance atol + rtol * max(|y0|, |y1|), entry by entry."""
+    size = y0.abs() if y0 is y1 else torch.maximum(y0.abs(), y1.abs())
+    return x / size.mul_(rtol).add_(atol)
 
 
 # --- fixed steps ----------------------------------------------------------------------------------
@@ -68,15 +99,24 @@ class FixedRecipe:
     tableau: ButcherTableau
     linear: bool
     perturb: bool
+    arithmetic: Arithmetic = PLAIN
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Sides of a step's ends on which its stages are evaluated."""
+        return (NEXT, PREV) if self.perturb else (HERE, HERE)
 
     def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> GridStep:
-        k0 = f0
-        if k0 is None:
-            side = NEXT if self.perturb else HERE
-            k0 = self.field(interval.t0, y, interval.shift0, side)
-        end_side = PREV if self.perturb else HERE
-        y1, _ = stages(self.tableau, self.field, interval, y, k0, end_side)
-        return GridStep(self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=k0)
+        y1, ks = self.stages(interval, y, f0)
+        return GridStep(
+            self.field, interval, y, y1, f0, self.linear, self.perturb, self, slope0=ks[0]
+        )
+
+    def stages(
+        self, interval: Interval, y: Tensor, f0: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The solution at the end of the step and its stage derivatives."""
+        return self.arithmetic.stages(self.tableau, self.field, interval, y, f0, self.sides)
 
 
 def grid_steps(
@@ -98,6 +138,28 @@ def grid_steps(
         y, f0 = step.y1, None if step.perturb else step.f1
 
 
+def solution_on_grid(
+    problem: Problem,
+    recipe: FixedRecipe,
+    grid: Iterable[tuple[float, Tensor | None]],
+    stats: SolveStats,
+    f0: Tensor | None = None,
+) -> Tensor:
+    """What `grid_steps` lead to if every output time is a grid point, and no shifts are."""
+    on_step = problem.callback("callback_step")
+    y, times = problem.y0, problem.times
+    outputs = [y]
+    for (t0, _), (t1, _) in pairwise(grid):
+        if on_step:
+            on_step(t0, y, t1 - t0)
+        y, _ = recipe.stages(Interval(t0, t1), y, f0)
+        f0 = None
+        stats.accepted += 1
+        if t1 == times[len(outputs)]:
+            outputs.append(y)
+    return torch.stack(outputs)
+
+
 # --- adaptive steps -------------------------------------------------------------------------------
 
 
@@ -113,13 +175,16 @@ class AdaptiveStep:
     f1: Tensor
     ks: list[Tensor]
     recipe: Recipe
+    arithmetic: Arithmetic = PLAIN
 
     def interpolate(self, times: Sequence[float], shifts: Sequence[Tensor | None]) -> Tensor:
         """The solution at `times`, [len(times), *state]. Many times cost one matrix product."""
         h = self.interval.h
         if len(times) <= 2 or isinstance(h, Tensor) or any(s is not None for s in shifts):
             points = [
-                combine(self.y0, self.ks, self._weights(self.interval.fraction(t, s)), h)
+                self.arithmetic.combine(
+                    self.y0, self.ks, self._weights(self.interval.fraction(t, s)), h
+                )
                 for t, s in zip(times, shifts, strict=True)
             ]
             return torch.stack(points)
@@ -135,9 +200,12 @@ class AdaptiveStep:
             x * (p + x * (q + x * (r + x * s))) for p, q, r, s in self.tableau.interpolant_float
         ]
 
-    def error(self) -> Tensor:
-        """Estimate of the local error."""
-        return combine(None, self.ks, self.tableau.b_err_float, self.interval.h)
+    def error_ratio(self, tolerances: tuple[float | Tensor, float | Tensor], norm: Norm) -> float:
+        """Norm of the estimate of the local error over the tolerance."""
+        return self.arithmetic.scaled_norm(
+            *(self.y0, self.y1, self.ks, self.tableau.b_err_float, self.interval.h),
+            *(tolerances, norm),
+        )
 
 
 @dataclass
@@ -150,26 +218,20 @@ class AdaptiveRecipe:
 
     field: VectorField
     tableau: ButcherTableau
+    arithmetic: Arithmetic = PLAIN
     ends_on_jump: bool = False
 
     def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> AdaptiveStep:
-        if f0 is None:
-            f0 = self.field(interval.t0, y, interval.shift0)
-        y1, ks = stages(self.tableau, self.field, interval, y, f0, PREV)
-        step = AdaptiveStep(self.tableau, interval, y, y1, f0, ks[-1], ks, self)
+        arithmetic = self.arithmetic
+        y1, ks = arithmetic.stages(self.tableau, self.field, interval, y, f0, (HERE, PREV))
+        step = AdaptiveStep(self.tableau, interval, y, y1, ks[0], ks[-1], ks, self, arithmetic)
         return self.cross(step) if self.ends_on_jump else step
 
     def cross(self, step: AdaptiveStep) -> AdaptiveStep:
         """The same step, its end derivative taken from the far side of the jump at its end."""
         step.f1 = self.field(step.interval.t1, step.y1, step.interval.shift1, NEXT)
-        step.recipe = AdaptiveRecipe(self.field, self.tableau, ends_on_jump=True)
+        step.recipe = replace(self, ends_on_jump=True)
         return step
-
-
-def scaled_error(step: AdaptiveStep, rtol: float | Tensor, atol: float | Tensor) -> Tensor:
-    """The error estimate over the tolerance atol + rtol * max(|y0|, |y1|), entry by entry."""
-    tolerance = torch.maximum(step.y0.abs(), step.y1.abs()).mul_(rtol).add_(atol)
-    return step.error().div_(tolerance)
 
 
 def choose_initial_step(
@@ -180,17 +242,19 @@ def choose_initial_step(
     order: int,
     tolerances: tuple[float | Tensor, float | Tensor],
     norm: Norm,
+    arithmetic: Arithmetic = PLAIN,
 ) -> float:
     """The first step to try; one evaluation of the field. Source: see `controller.first_guess`."""
-    rtol, atol = tolerances
-    scale = y0.abs().mul_(rtol).add_(atol)
-    d1 = float(norm(f0 / scale))
-    h0 = first_guess(float(norm(y0 / scale)), d1)
+
+    def size(*ks: Tensor) -> float:
+        return arithmetic.scaled_norm(y0, y0, ks, (1.0, -1.0), 1.0, tolerances, norm)
+
+    d1 = size(f0)
+    h0 = first_guess(size(y0), d1)
     if not h0 > 0:  # f0 is not finite
         return math.nan
-    f1 = field(t0 + h0, torch.add(y0, f0, alpha=h0))
-    d2 = float(norm((f1 - f0) / scale)) / h0
-    return initial_step(h0, d1, d2, order)
+    f1 = field(t0 + h0, arithmetic.combine(y0, [f0], (1.0,), h0))
+    return initial_step(h0, d1, size(f1, f0) / h0, order)
 
 
 class Marks:
@@ -252,16 +316,17 @@ def adaptive_steps(
     on_step, on_accept, on_reject = (
         problem.callback(f"callback_{name}") for name in ("step", "accept_step", "reject_step")
     )
-    recipe = AdaptiveRecipe(field, tableau)
+    arithmetic = problem.arithmetic or PLAIN
+    recipe = AdaptiveRecipe(field, tableau, arithmetic)
     t0, y = problem.times[0], problem.y0
     shift = problem.shifts[0] if problem.shifts else None
     if f0 is None:
         f0 = field(t0, y, shift, problem.start_side)
-    rtol, atol = floor_tolerances(problem)
+    tolerances = floor_tolerances(problem)
     with torch.no_grad():
         dt = options.get("first_step")
         if dt is None:
-            dt = choose_initial_step(field, t0, y, f0, tableau.order, (rtol, atol), norm)
+            dt = choose_initial_step(field, t0, y, f0, tableau.order, tolerances, norm, arithmetic)
     if not math.isfinite(dt):
         raise failures.non_finite(problem, t0, dt, 0, f0)
     dt = rounded(controller.clamp(dt))
@@ -287,7 +352,7 @@ def adaptive_steps(
             dt = rounded(t1 - t0)
         step = recipe(Interval(t0, t1, shift, None if landing is not None else shift), y, f0)
         with torch.no_grad():
-            ratio = float(norm(scaled_error(step, rtol, atol)))
+            ratio = step.error_ratio(tolerances, norm)
         if controller.accepts(dt, ratio):
             stats.accepted += 1
             refused_in_a_row = 0
@@ -311,7 +376,7 @@ def adaptive_steps(
                     raise failures.non_finite(problem, t0, dt, attempts + 1, f0)
             dt = rounded(controller.next_step(dt, ratio))
             noisy = refused_in_a_row == REJECTIONS_BEFORE_DOUBT or stats.rejected == 64
-            if noisy and not doubted and math.isfinite(ratio):
+            if noisy and not doubted and math.isfinite(ratio) and not problem.shared:
                 doubted = True
                 _check_deterministic(field, t0, y)
 
@@ -325,7 +390,7 @@ def _rounding(dtype: torch.dtype, state_dtype: torch.dtype) -> Callable[[float],
 def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
     """Two evaluations more, made only when many steps were refused."""
     with torch.no_grad():
-        first, second = field(t, y), field(t, y)
+        first, second = underlying(field(t, y)), underlying(field(t, y))
         scale = torch.maximum(first.abs(), second.abs()).max()
         # Threads may sum in another order; randomness (dropout) is far above that.
         if (first - second).abs().max() > 1e-4 * scale:
@@ -395,7 +460,7 @@ class RowRecipe:
     def __call__(self, interval: Interval, y: Tensor, f0: Tensor | None) -> RowStep:
         if f0 is None or not isinstance(interval, RowInterval):
             raise TypeError("a step by row needs intervals by row and the derivative at its start")
-        y1, ks = stages(self.tableau, self.field, interval, y, f0, PREV)
+        y1, ks = PLAIN.stages(self.tableau, self.field, interval, y, f0, (HERE, PREV))
         step = RowStep(self.tableau, interval, y, y1, f0, ks[-1], ks, self)
         return step if interval.accept is None else self.keep(step, interval.accept)
 
@@ -477,7 +542,9 @@ def row_steps(
         t1 = torch.where(running, t + dt, t)
         step = recipe(RowInterval(t, t1, shift, shift, dtype=dtype), y, f)
         with torch.no_grad():
-            ratio = _rms_by_row(scaled_error(step, rtol, atol)).reshape(t.shape).double()
+            error = combine(None, step.ks, tableau.b_err_float, step.interval.h)
+            error = scaled(error, step.y0, step.y1, rtol, atol)
+            ratio = _rms_by_row(error).reshape(t.shape).double()
             fits = (ratio <= 1) | ((dt <= controller.min_step) & ratio.isfinite())
             accept = running & fits
             accepted += accept
@@ -496,6 +563,7 @@ def row_steps(
 
 
 def _rms_by_row(x: Tensor) -> Tensor:
+    x = x.detach()  # forward-mode derivatives too take step sizes as constants
     flat = x.flatten(1) if x.dim() > 1 else x[:, None]
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return norms / math.sqrt(max(flat.shape[1], 1))

@@ -15,6 +15,7 @@ PASSED, FAILED, SKIPPED, TIMED_OUT = "passed", "failed", "skipped", "timed out"
 UNFINISHED = "unfinished"
 
 DRY_RUN = "ANODE_FAST_GPU_DRY_RUN"
+SECONDS = "ANODE_FAST_GPU_SECONDS"
 NOT_A_MEASUREMENT = "interpreted, not a measurement"
 
 Row = dict[str, Any]
@@ -23,6 +24,11 @@ Row = dict[str, Any]
 def is_dry() -> bool:
     """Whether every step runs at tiny sizes on CPU tensors, in Triton's interpreter."""
     return os.environ.get(DRY_RUN, "0") not in ("", "0")
+
+
+def seconds() -> float:
+    """How long the step may take; infinity if nobody says."""
+    return float(os.environ.get(SECONDS, "inf"))
 
 
 class Report:

@@ -30,6 +30,7 @@ from benchmarks.gpu.report import (
     DRY_RUN,
     FAILED,
     PASSED,
+    SECONDS,
     SKIPPED,
     TIMED_OUT,
     UNFINISHED,
@@ -90,6 +91,7 @@ def _run(step: Step, out: Path, limit: float) -> Row:
     for old in (path, path.with_suffix(".md")):
         old.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": _first(ROOT, os.environ.get("PYTHONPATH"))}
+    environment[SECONDS] = str(max(limit, 0))
     if is_dry():
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (out / f"{step.name}.log").open("w") as log:

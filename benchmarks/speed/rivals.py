@@ -146,9 +146,14 @@ class TorchRival:
             torch.cuda.synchronize()
 
     def run(self) -> tuple[Tensor, ...]:
-        """Solves once, on a GPU without waiting for the end: y(1) and the gradients."""
+        """Solves once, on a GPU without waiting for the end: y(1) and the gradients.
+
+        Nothing keeps autograd's graph: it would tie the parameters to this stream, and no CUDA
+        graph of a gradient can be captured on another one then.
+        """
         y1 = self.solve()
-        return y1, *(torch.autograd.grad(y1.sum(), self.parameters) if self.gradient else ())
+        gradients = torch.autograd.grad(y1.sum(), self.parameters) if self.gradient else ()
+        return y1.detach(), *gradients
 
     def observe(self) -> Outcome:
         """Solves once and tells what came out, on the CPU."""

@@ -74,7 +74,7 @@ class DiscreteGradient {
   // A record and deltas for every stage.
   struct Workspace {
     Buffer<T> memory;
-    T *derivatives, *adj_k, *adj_y, *adj_y1, *adj_f, *values, *h, *row_weights;
+    T *derivatives, *adj_k, *adj_y, *adj_y1, *adj_f, *values, *h, *row_weights, *scratch;
     T* records[Tableau::kMostStages];
     T* deltas[Tableau::kMostStages];
     const T* k[Tableau::kMostStages];
@@ -84,7 +84,8 @@ class DiscreteGradient {
     Workspace(const Field& field, int stages) {
       const std::size_t dim = field.dim();
       const std::size_t each = 2 * dim + field.record_rows() + field.delta_rows();
-      memory = Buffer<T>((stages * each + 4 * dim + 1 + Tableau::kMostStages) * kTileRows<T>);
+      memory = Buffer<T>((stages * each + 4 * dim + 1 + Tableau::kMostStages +
+                          field.scratch_rows()) * kTileRows<T>);
       T* p = memory.get();
       auto take = [&](std::size_t rows) { return std::exchange(p, p + rows * kTileRows<T>); };
       derivatives = take(stages * dim);
@@ -95,6 +96,7 @@ class DiscreteGradient {
       values = take(dim);
       h = take(1);
       row_weights = take(Tableau::kMostStages);
+      scratch = take(field.scratch_rows());
       for (int i = 0; i < stages; ++i) {
         records[i] = take(field.record_rows());
         deltas[i] = take(field.delta_rows());
@@ -120,7 +122,7 @@ class DiscreteGradient {
     T* record = w.records[stage];
     fill_node(at, c, options_.control != std::int32_t(Control::fixed), record, tile.lanes);
     T* k = w.derivatives + stage * dim_ * tile.lanes;
-    field_.evaluate_recording(record, k, tile.vectors);
+    field_.evaluate_recording(record, k, w.scratch, tile.vectors);
     w.k[stage] = k;
   }
 
@@ -131,7 +133,7 @@ class DiscreteGradient {
   // Cotangent of a stage's argument from that of its derivative, into w.values.
   void vjp(const Tile& tile, Workspace& w, int stage, const T* adj_k, const T* record) {
     std::copy_n(adj_k, dim_ * tile.lanes, field_.cotangent(w.deltas[stage], tile.vectors));
-    field_.vjp(record, w.deltas[stage], w.values, tile.vectors);
+    field_.vjp(record, w.deltas[stage], w.values, w.scratch, tile.vectors);
     w.evaluations.push_back({w.deltas[stage], record});
   }
 

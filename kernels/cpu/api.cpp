@@ -6,10 +6,13 @@
 #endif
 
 #include "adjoint.hpp"
+#include "combine.hpp"
 #include "continuous.hpp"
 #include "conv.hpp"
+#include "first_stage.hpp"
 #include "mlp.hpp"
 #include "peak.hpp"
+#include "program.hpp"
 #include "runge_kutta.hpp"
 
 #define ANODE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -18,7 +21,7 @@ namespace anode {
 namespace {
 
 // Raised whenever a struct or a function below changes; ABI_VERSION in library.py is the same.
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 // What stays the same from call to call.
 struct Plan {
@@ -26,7 +29,22 @@ struct Plan {
   std::int32_t is_double;
   Tableau tableau;
   Options options;
+  const ProgramShape* program;  // the field, if it is none of the above
+
+  std::int64_t parameters() const { return program ? program->parameters() : field.parameters(); }
 };
+
+template <template <class> class Field_>
+struct Kind {
+  template <class T>
+  using Field = Field_<T>;
+};
+
+// f(shape, Kind) of the plan's field.
+template <class F>
+auto with_field(const Plan& plan, F f) {
+  return plan.program ? f(*plan.program, Kind<ProgramField>{}) : f(plan.field, Kind<Mlp>{});
+}
 
 struct AnyTrace {
   virtual ~AnyTrace() = default;
@@ -43,15 +61,23 @@ const T* const* typed(const void* const* pointers) {
 }
 
 template <class T>
-void* solve(const Plan& plan, Call<T> call, const void* const* parameters, bool keep_trace,
-            Result& result) {
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true, false);
-  std::unique_ptr<OwnedTrace<T>> owned;
-  if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
-  Solver<Mlp<T>> solver(field, plan.tableau, plan.options, call, owned ? &owned->trace : nullptr);
-  result = solver.solve();
-  if (result.status != kSuccess) return nullptr;
-  return static_cast<AnyTrace*>(owned.release());
+void* solve(const Plan& plan, const Call<T>& call, const void* const* parameters,
+            const T* expected, std::int64_t expected_rows, bool keep_trace, Result& result) {
+  return with_field(plan, [&](const auto& shape, auto kind) -> void* {
+    using Field = typename decltype(kind)::template Field<T>;
+    const Field field(shape, typed<T>(parameters), plan.options.backwards, true, false);
+    if (expected) {
+      const FirstStage<decltype(kind)::template Field, T> first(
+          field, shape, typed<T>(parameters), plan.options, call, expected_rows);
+      if (!first.has(expected, result)) return nullptr;
+    }
+    std::unique_ptr<OwnedTrace<T>> owned;
+    if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
+    Solver<Field> solver(field, plan.tableau, plan.options, call, owned ? &owned->trace : nullptr);
+    result = solver.solve();
+    if (result.status != kSuccess) return nullptr;
+    return static_cast<AnyTrace*>(owned.release());
+  });
 }
 
 template <class T>
@@ -59,18 +85,24 @@ void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* cons
                        const void* grad, void* x_grad, void* const* parameter_grads,
                        Result& result) {
   const Trace<T>& kept = static_cast<const OwnedTrace<T>&>(*trace).trace;
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards,
-                     !kept.has_all_records(), true);
-  DiscreteGradient<Mlp<T>> gradient(field, plan.tableau, plan.options, kept);
-  result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
-                        reinterpret_cast<T* const*>(parameter_grads));
+  with_field(plan, [&](const auto& shape, auto kind) {
+    using Field = typename decltype(kind)::template Field<T>;
+    const Field field(shape, typed<T>(parameters), plan.options.backwards,
+                      !kept.has_all_records(), true);
+    DiscreteGradient<Field> gradient(field, plan.tableau, plan.options, kept);
+    result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
+                          reinterpret_cast<T* const*>(parameter_grads));
+  });
 }
 
 template <class T>
 void continuous_gradient(const Plan& plan, const AdjointCall<T>& call,
                          const void* const* parameters, Result& result) {
-  const Mlp<T> field(plan.field, typed<T>(parameters), plan.options.backwards, true, true);
-  result = ContinuousGradient<Mlp<T>>(field, plan.tableau, plan.options, call).run();
+  with_field(plan, [&](const auto& shape, auto kind) {
+    using Field = typename decltype(kind)::template Field<T>;
+    const Field field(shape, typed<T>(parameters), plan.options.backwards, true, true);
+    result = ContinuousGradient<Field>(field, plan.tableau, plan.options, call).run();
+  });
 }
 
 template <class F>
@@ -180,18 +212,22 @@ struct SolveArguments {
   Result* result;
   std::int64_t num_times;
   std::int64_t num_grid;
+  const void* expected;  // dy/dt of the first rows at the first time as the user has it, or null
+  std::int64_t expected_rows;
 };
 
-// Solves; returns the checkpoints if `keep_trace`, to be freed by anode_free.
+// Solves; returns the checkpoints if `keep_trace`, to be freed by anode_free. Does not solve if the
+// field is not as expected.
 ANODE_EXPORT void* anode_solve(const SolveArguments* a) {
   const auto* parameters = reinterpret_cast<const void* const*>(a + 1);
-  const auto* times = reinterpret_cast<const double*>(parameters + 2 * a->plan->field.layers());
+  const auto* times = reinterpret_cast<const double*>(parameters + a->plan->parameters());
   auto run = [&](auto scalar) {
     using T = decltype(scalar);
     const Call<T> call{a->rows, static_cast<const T*>(a->x), a->x_stride,
                        times,   a->num_times,                times + a->num_times,
                        a->num_grid, static_cast<T*>(a->out)};
-    return solve(*a->plan, call, parameters, a->keep_trace, *a->result);
+    return solve(*a->plan, call, parameters, static_cast<const T*>(a->expected),
+                 a->expected_rows, a->keep_trace, *a->result);
   };
   return guarded(*a->result, [&] { return a->plan->is_double ? run(0.0) : run(0.0f); });
 }
@@ -209,7 +245,7 @@ struct DiscreteGradientArguments {
 // The exact gradient of a solve.
 ANODE_EXPORT void anode_discrete_gradient(const DiscreteGradientArguments* a) {
   const auto* parameters = reinterpret_cast<void* const*>(a + 1);
-  const std::int64_t count = 2 * a->plan->field.layers();
+  const std::int64_t count = a->plan->parameters();
   void* const* grads = a->wants_parameters ? parameters + count : nullptr;
   auto run = a->plan->is_double ? discrete_gradient<double> : discrete_gradient<float>;
   guarded(*a->result,
@@ -270,6 +306,89 @@ ANODE_EXPORT int anode_conv_evaluate(const void* field, const ConvArguments* a) 
 
 ANODE_EXPORT int anode_conv_vjp(const void* field, const ConvArguments* a) {
   return enough_memory([&] { static_cast<const AnyConvolutions*>(field)->vjp(*a); });
+}
+
+// --- steps of a field that is evaluated elsewhere -------------------------------------------------
+
+// Arguments as blocks of 8-byte words again. Behind each: the addresses of `count` stages.
+
+struct CombineArguments {
+  std::int64_t is_double;
+  std::int64_t n;
+  const void* y;  // may be null
+  void* out;
+  double h;
+  const double* weights;
+  std::int64_t count;
+};
+
+struct ErrorArguments {
+  std::int64_t is_double;
+  const void *y0, *y1;
+  double rtol, atol;
+  const void *rtols, *atols;  // may be null
+  const std::int64_t* ends;
+  std::int64_t parts;
+  double h;
+  const double* weights;
+  std::int64_t count;
+};
+
+template <class T, class Arguments>
+WeightedSum<T> sum_of(const Arguments* a) {
+  return {a->h, a->weights, reinterpret_cast<const T* const*>(a + 1), a->count};
+}
+
+// The sum of y and the stages with their weights.
+ANODE_EXPORT void anode_combine(const CombineArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    combine(sum_of<T>(a), static_cast<const T*>(a->y), a->n, static_cast<T*>(a->out));
+  };
+  a->is_double ? run(0.0) : run(0.0f);
+}
+
+// The gradients of the stages, one after the other, from that of the sum, here `y`.
+ANODE_EXPORT void anode_spread(const CombineArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    const WeightedSum<T> sum{a->h, a->weights, nullptr, a->count};
+    spread(sum, static_cast<const T*>(a->y), a->n, static_cast<T*>(a->out));
+  };
+  a->is_double ? run(0.0) : run(0.0f);
+}
+
+// The size of an error relative to the tolerance; -1 if there is no memory.
+ANODE_EXPORT double anode_error_ratio(const ErrorArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    const Tolerance<T> tolerance{T(a->rtol), T(a->atol), static_cast<const T*>(a->rtols),
+                                 static_cast<const T*>(a->atols)};
+    return error_ratio(sum_of<T>(a), static_cast<const T*>(a->y0), static_cast<const T*>(a->y1),
+                       tolerance, a->ends, a->parts);
+  };
+  double ratio = -1;
+  enough_memory([&] { ratio = a->is_double ? run(0.0) : run(0.0f); });
+  return ratio;
+}
+
+struct TimesArguments {
+  std::int64_t is_double;
+  void* out;
+  const double* c;
+  std::int64_t count;
+  std::int64_t side0, side1;
+  double t0, t1, sign;
+};
+
+// The times of a step's stages.
+ANODE_EXPORT void anode_node_times(const TimesArguments* a) {
+  auto run = [&](auto scalar) {
+    using T = decltype(scalar);
+    node_times(a->c, a->count, a->t0, a->t1, a->side0, a->side1, a->sign,
+               static_cast<T*>(a->out));
+  };
+  a->is_double ? run(0.0) : run(0.0f);
 }
 
 // Floating point operations per second of one core's multiply-add units, measured for `seconds`.

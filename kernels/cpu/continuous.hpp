@@ -112,14 +112,17 @@ class ContinuousGradient {
 
   struct Workspace {
     Buffer<T> memory;
-    T *record, *deltas, *y_slopes, *adjoint_slopes, *values, *h, *minus_h, *squares, *product;
+    T *record, *deltas, *y_slopes, *adjoint_slopes, *values, *h, *minus_h, *squares, *scratch,
+        *product;
     const T* y_k[Tableau::kMostStages];
     const T* adjoint_k[Tableau::kMostStages];
     std::vector<Pair<T>> evaluation{1};
     int vectors = 0;  // for which the record and the deltas are prepared
 
     Workspace(const Field& field, int stages, std::size_t size) {
-      const std::size_t dim = field.dim(), of_field = field.record_rows() + field.delta_rows();
+      const std::size_t dim = field.dim();
+      const std::size_t of_field =
+          field.record_rows() + field.delta_rows() + field.scratch_rows();
       memory = Buffer<T>((of_field + (2 * stages + 1) * dim + 3) * kTileRows<T> + size);
       T* p = memory.get();
       auto take = [&](std::size_t rows) { return std::exchange(p, p + rows * kTileRows<T>); };
@@ -131,6 +134,7 @@ class ContinuousGradient {
       h = take(1);
       minus_h = take(1);
       squares = take(1);
+      scratch = take(field.scratch_rows());
       product = p;
     }
   };
@@ -206,14 +210,14 @@ class ContinuousGradient {
   // f and a df/dy at the negated time u, from the y and a in the record and the deltas.
   void evaluate(const Tile& tile, Workspace& w, T u, T* y_slope, T* adjoint_slope) const {
     std::fill_n(w.record, tile.lanes, -u);
-    field_.evaluate_recording(w.record, y_slope, tile.vectors);
-    field_.vjp(w.record, w.deltas, adjoint_slope, tile.vectors);
+    field_.evaluate_recording(w.record, y_slope, w.scratch, tile.vectors);
+    field_.vjp(w.record, w.deltas, adjoint_slope, w.scratch, tile.vectors);
   }
 
   // What this evaluation, a stage of a step, adds to the gradients of t and the parameters.
   void integrate(const Tile& tile, Workspace& w, int stage, const Weights& weights, T* sums) {
     if (adaptive_) {
-      field_.time_gradient(w.deltas, w.values, tile.vectors);
+      field_.time_gradient(w.record, w.deltas, w.values, w.scratch, tile.vectors);
       double slope = 0;
       for (int r = 0; r < tile.rows; ++r) slope += double(w.values[r]);
       tile_slopes_[tile.index * method_.stages + stage] = slope;

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 4  # api.cpp: anode_abi_version. Raise both when an exported function changes.
+ABI_VERSION = 5  # api.cpp: anode_abi_version. Raise both when an exported function changes.
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")  # best first
 FORCE = "ANODE_FAST_ISA"  # environment: the one instruction set to use
 
@@ -125,6 +125,10 @@ def _declare(library: ctypes.CDLL) -> None:
         "anode_conv_record_size": (size, [pointer] * 2),
         "anode_conv_evaluate": (ctypes.c_int, [pointer] * 2),
         "anode_conv_vjp": (ctypes.c_int, [pointer] * 2),
+        "anode_combine": (None, [ctypes.c_char_p]),
+        "anode_spread": (None, [ctypes.c_char_p]),
+        "anode_error_ratio": (ctypes.c_double, [ctypes.c_char_p]),
+        "anode_node_times": (None, [ctypes.c_char_p]),
         "anode_peak_flops": (ctypes.c_double, [ctypes.c_int, ctypes.c_double]),
     }
     for name, (result, arguments) in functions.items():

@@ -138,31 +138,43 @@ struct LayerGradient {
   std::size_t weight_size() const {
     return std::size_t(row_blocks()) * column_blocks() * kGradientRows * kGradientColumns;
   }
-  std::size_t size() const { return weight_size() + round_up(rows, kLanes<T>); }
+  std::size_t bias_size() const { return round_up(rows, kLanes<T>); }
+  std::size_t size() const { return weight_size() + bias_size(); }
   std::size_t index(int row, int column) const {
     const int block = row / kGradientRows * column_blocks() + column / kGradientColumns;
     return std::size_t(block) * kGradientRows * kGradientColumns +
            row % kGradientRows * kGradientColumns + column % kGradientColumns;
   }
 
-  // Adds sums over pairs and their rows: of delta[j] * in[i] to weight[j][i], of delta[j] to bias[j].
-  void accumulate(const std::vector<Pair<T>>& pairs, int vectors, T* gradient) const {
+  // Adds sums over pairs and their rows: of delta[j] * in[i] to weight[j][i].
+  void accumulate_weight(const std::vector<Pair<T>>& pairs, int vectors, T* weight) const {
     with_constant<kTileVectors>(vectors, [&](auto v) {
       for (int rb = 0; rb < row_blocks(); ++rb) {
         for (int cb = 0; cb < column_blocks(); ++cb) {
-          block<v>(pairs, rb * kGradientRows, cb * kGradientColumns, gradient);
-          gradient += kGradientRows * kGradientColumns;
+          block<v>(pairs, rb * kGradientRows, cb * kGradientColumns, weight);
+          weight += kGradientRows * kGradientColumns;
         }
-      }
-      for (int row = 0; row < rows; row += kLanes<T>, gradient += kLanes<T>) {
-        bias<v>(pairs, row, std::min(rows - row, kLanes<T>), gradient);
       }
     });
   }
 
+  // Of delta[j] to bias[j].
+  void accumulate_bias(const std::vector<Pair<T>>& pairs, int vectors, T* bias) const {
+    with_constant<kTileVectors>(vectors, [&](auto v) {
+      for (int row = 0; row < rows; row += kLanes<T>, bias += kLanes<T>) {
+        bias_block<v>(pairs, row, std::min(rows - row, kLanes<T>), bias);
+      }
+    });
+  }
+
+  void accumulate(const std::vector<Pair<T>>& pairs, int vectors, T* gradient) const {
+    accumulate_weight(pairs, vectors, gradient);
+    accumulate_bias(pairs, vectors, gradient + weight_size());
+  }
+
  private:
   template <int V>
-  static void bias(const std::vector<Pair<T>>& pairs, int row, int count, T* gradient) {
+  static void bias_block(const std::vector<Pair<T>>& pairs, int row, int count, T* gradient) {
     constexpr int kRows = V * kLanes<T>;
     Vec<T> sum[kLanes<T>] = {};
     for (const Pair<T>& pair : pairs) {
@@ -215,6 +227,13 @@ struct MlpShape {
   int layers() const { return hidden_layers + 1; }
   int inputs(int layer) const { return layer == 0 ? dim : hidden[layer - 1]; }
   int outputs(int layer) const { return layer == hidden_layers ? dim : hidden[layer]; }
+
+  // Tensors, a weight and a bias of each layer, and numbers in one of them.
+  int parameters() const { return 2 * layers(); }
+  std::int64_t parameter_size(int parameter) const {
+    const int layer = parameter / 2, columns = inputs(layer) + (layer == 0 && time_dependent);
+    return std::int64_t(outputs(layer)) * (parameter % 2 ? 1 : columns);
+  }
 };
 
 // dy/dt = L_n(act(... act(L_1([t, y])))).
@@ -312,7 +331,7 @@ class Mlp {
   }
 
   // derivative = f(the record's input tile). Fills the record.
-  void evaluate_recording(T* record, T* derivative, int vectors) const {
+  void evaluate_recording(T* record, T* derivative, T*, int vectors) const {
     const int n = vectors * kLanes<T>;
     for (int l = 0; l < shape_.layers(); ++l) {
       const bool last = l == shape_.hidden_layers;
@@ -333,7 +352,7 @@ class Mlp {
   }
 
   // gradient = cotangent^T df/dy, [dim]. Fills the deltas.
-  void vjp(const T* record, T* deltas, T* gradient, int vectors) const {
+  void vjp(const T* record, T* deltas, T* gradient, T*, int vectors) const {
     const int n = vectors * kLanes<T>;
     for (int l = shape_.hidden_layers; l >= 0; --l) {
       T* out = l == 0 ? gradient : deltas + delta_[l - 1] * n;
@@ -350,7 +369,7 @@ class Mlp {
   }
 
   // gradient = cotangent^T df/dt of each row, from the deltas of `vjp`.
-  void time_gradient(const T* deltas, T* gradient, int vectors) const {
+  void time_gradient(const T*, const T* deltas, T* gradient, T*, int vectors) const {
     const int n = vectors * kLanes<T>;
     if (!shape_.time_dependent) return void(std::fill_n(gradient, n, T(0)));
     affine(time_backward_, nullptr, deltas + delta_[0] * n, gradient,
@@ -359,8 +378,7 @@ class Mlp {
 
   // --- gradients of the weights
 
-  // Number of tensors: a weight and a bias of each layer.
-  int parameters() const { return 2 * shape_.layers(); }
+  int parameters() const { return shape_.parameters(); }
 
   // Size of an accumulator of all weights' gradients.
   std::size_t gradient_size() const {

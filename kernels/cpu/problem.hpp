@@ -8,7 +8,7 @@
 
 namespace anode {
 
-// As `Status` in anode_fast/stats.py; the last two never leave the binding.
+// As `Status` in anode_fast/stats.py; the last three never leave the binding.
 enum Status : std::int32_t {
   kSuccess = 0,
   kMaxSteps = 1,
@@ -16,6 +16,7 @@ enum Status : std::int32_t {
   kNonFinite = 3,
   kNonFiniteInput = 4,
   kOutOfMemory = 5,
+  kFieldDiffers = 6,
 };
 
 enum class Control : std::int32_t { fixed = 0, batch = 1, sample = 2 };
@@ -56,6 +57,7 @@ struct Result {
   double t, dt;            // solver time and step at which a solve failed
   std::int64_t row, rows;  // first row that failed, and how many
   std::int64_t output;     // for fixed steps: first output that is not finite
+  double deviation;        // for kFieldDiffers: the largest difference
 };
 
 // The arguments of a solve.

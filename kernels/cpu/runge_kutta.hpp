@@ -408,7 +408,7 @@ class Solver {
     const bool adaptive = options_.control != std::int32_t(Control::fixed);
     fill_node(at, c, adaptive, input, tile.lanes);
     if (record) {
-      field_.evaluate_recording(record, derivative, tile.vectors);
+      field_.evaluate_recording(record, derivative, w.scratch, tile.vectors);
     } else {
       field_.evaluate(input, derivative, w.scratch, tile.vectors);
     }

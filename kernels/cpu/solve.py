@@ -15,7 +15,9 @@ from ctypes import c_double, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from anode_fast.kernels.cpu import lowering
 from anode_fast.kernels.interface import Field, Method
+from anode_fast.kernels.program import Program
 
 MOST_STAGES = 16
 MOST_HIDDEN_LAYERS = 8
@@ -71,6 +73,7 @@ class _Plan(ctypes.Structure):
         ("is_double", c_int32),
         ("tableau", _Tableau),
         ("options", _Options),
+        ("program", ctypes.POINTER(lowering.Shape)),
     ]
 
 
@@ -88,6 +91,7 @@ class Result(ctypes.Structure):
         ("row", c_int64),
         ("rows", c_int64),
         ("output", c_int64),
+        ("deviation", c_double),
     ]
 
     launches = 1
@@ -130,27 +134,34 @@ class Solve:
     def __init__(
         self,
         library: ctypes.CDLL,
-        field: Field,
+        field: Field | Program,
         method: Method,
         dtype: torch.dtype,
         **options: float,
     ) -> None:
-        stages, hidden = len(method.c), len(field.hidden)
-        if stages > MOST_STAGES or not 1 <= hidden <= MOST_HIDDEN_LAYERS:
-            raise ValueError(f"no room for {stages} stages and {hidden} hidden layers")
+        stages = len(method.c)
+        if stages > MOST_STAGES:
+            raise ValueError(f"no room for {stages} stages, want {MOST_STAGES} at most")
         self.dim = field.dim
         self.dtype = dtype
-        plan = _Plan(
-            field=_Field(
+        plan = _Plan(is_double=dtype == torch.float64, options=_Options(**options))
+        if isinstance(field, Program):
+            plan.program = ctypes.pointer(lowering.shape(field))
+            self._tensors = len(field.shapes)
+        else:
+            hidden = len(field.hidden)
+            if not 1 <= hidden <= MOST_HIDDEN_LAYERS:
+                raise ValueError(
+                    f"no room for {hidden} hidden layers, want 1 to {MOST_HIDDEN_LAYERS}"
+                )
+            plan.field = _Field(
                 field.dim,
                 hidden,
                 (c_int32 * MOST_HIDDEN_LAYERS)(*field.hidden),
                 field.activation,
                 field.time_dependent,
-            ),
-            is_double=dtype == torch.float64,
-            options=_Options(**options),
-        )
+            )
+            self._tensors = 2 * hidden + 2
         tableau = plan.tableau
         tableau.stages, tableau.order = stages, method.order
         tableau.last_at_solution = method.last_at_solution
@@ -162,7 +173,6 @@ class Solve:
             tableau.interpolant[i] = (c_double * 4)(*method.interpolant[i])
         self._plan = plan
         self._address = ctypes.addressof(plan)
-        self._tensors = 2 * hidden + 2
         self._pointers = c_void_p * self._tensors
         self._solve = library.anode_solve
         self._discrete_gradient = library.anode_discrete_gradient
@@ -176,15 +186,19 @@ class Solve:
         times: Sequence[float],
         grid: Sequence[float] = (),
         keep: bool = False,
+        expected: Tensor | None = None,
     ) -> tuple[Tensor, Result, Checkpoints | None]:
         """Solves.
 
         Args:
             x: Data columns of the initial state, [rows, data_dim], last stride 1.
-            parameters: Weight and bias of every layer, contiguous.
+            parameters: Weight and bias of every layer, or the program's tensors; contiguous.
             times: Output times, increasing.
             grid: For fixed steps: where they begin and end.
             keep: Whether to keep checkpoints.
+            expected: dy/dt of the first rows of x at the first time, [some rows, dim], contiguous,
+                by other code and in that code's time. Where the field's own values differ from it
+                by more than rounding, there is no solve: the outcome is FIELD_DIFFERS.
 
         Returns:
             The solution [times, rows, dim], counts and outcome, and the checkpoints, None if not
@@ -193,7 +207,7 @@ class Solve:
         rows, n, m = x.shape[0], len(times), len(grid)
         out = x.new_empty((n, rows, self.dim))
         result = Result()
-        arguments = _packer(9 + self._tensors, n + m)(
+        arguments = _packer(11 + self._tensors, n + m)(
             self._address,
             rows,
             x.data_ptr(),
@@ -203,6 +217,8 @@ class Solve:
             ctypes.addressof(result),
             n,
             m,
+            0 if expected is None else expected.data_ptr(),
+            0 if expected is None else expected.shape[0],
             *[p.data_ptr() for p in parameters],
             *times,
             *grid,

@@ -30,6 +30,12 @@ def load(by_stage: bool = False) -> ModuleType | None:
     return importlib.import_module(f"{__name__}.{'by_stage' if by_stage else 'solve'}")
 
 
+@functools.cache
+def load_any_field() -> ModuleType | None:
+    """The module `any_field`; None if there is no Triton."""
+    return importlib.import_module(f"{__name__}.any_field") if _is_installed() else None
+
+
 def missing() -> str:
     """Why the kernels run nowhere in this process; "" if they run somewhere."""
     if not _is_installed():

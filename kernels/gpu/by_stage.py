@@ -136,6 +136,7 @@ class Solve(host.Solver):
         times: Sequence[float],
         grid: Sequence[float] = (),
         keep: bool = False,
+        expected: Tensor | None = None,
     ) -> tuple[Tensor, host.Result, Checkpoints | None]:
         """Solves.
 

@@ -10,6 +10,9 @@ The pixels of images that take their steps together are a *group*: the whole bat
 group is a solve of its own, with its own `control`, its own `cursor`, and its own checkpoints; all
 groups go through the rounds together. A program has a tile of B pixels of one group.
 
+A field that PyTorch evaluates needs its arguments as a whole too. Its state is taken as pixels of
+one channel; the host evaluates it between the launches, and `value_of_field` reads what it got.
+
 A solver takes the field as constants: EVALUATE, F (see conv.py) and the packed `weights`. See
 runge_kutta.py for tableau, settings and times, and controller.py for the control.
 
@@ -373,3 +376,26 @@ def finish(
                     controller.after_start(
                         control, settings, t, norm0, norm1, is_finite, end, limit
                     )
+
+
+# --- fields that PyTorch evaluates ----------------------------------------------------------------
+
+
+@triton.jit
+def value_of_field(
+    weights, hidden, x, first, p, pixels, inside, moment, F: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """What a field that PyTorch evaluates returned: an EVALUATE. [B, 1].
+
+    Args:
+        weights: The value, one entry for each pixel.
+    """
+    return tl.load(weights[0] + p, mask=inside, other=0.0)[:, None]
+
+
+@triton.jit
+def tell_times(cursor, moments, S: tl.constexpr):
+    """Puts the times of a round's stages where the field reads them. Others stay as they are."""
+    for s in range(S):
+        t = tl.load(cursor + CURSOR + s)
+        tl.store(moments + s, t.to(moments.dtype.element_ty), mask=t == t)

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from anode_fast.kernels.gpu import activations
+from anode_fast.kernels.gpu.products import product
 
 
 class Conv(NamedTuple):
@@ -167,12 +168,6 @@ def _first_weights(weights, t, F: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, total, F: tl.constexpr):
-    """Total + a @ b, as exact as F.precision."""
-    return tl.dot(a, b, total, input_precision=F.precision, out_dtype=total.dtype)
-
-
-@triton.jit
 def _weighted(a, scale, weight, total, F: tl.constexpr):
     """Total + (scale * a) @ weight for the block of packed weights that begins there.
 
@@ -182,7 +177,7 @@ def _weighted(a, scale, weight, total, F: tl.constexpr):
     at = weight + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     w = tl.load(at)
     if F.parts == 0:
-        total = _product(a, w, total, F)
+        total = product(a, w, total, F)
     else:
         a = a * scale
         high = a.to(tl.float16)
@@ -198,7 +193,7 @@ def _weighted(a, scale, weight, total, F: tl.constexpr):
 def _scaled_product(a, a_scale, b, b_scale, total, F: tl.constexpr):
     """Total + (a_scale * a) @ (b_scale * b), likewise."""
     if F.parts == 0:
-        total = _product(a, b, total, F)
+        total = product(a, b, total, F)
     else:
         a = a * a_scale
         b = b * b_scale
@@ -297,8 +292,7 @@ def _second_layer(
             h = tl.load(hidden + (r + shift) * N + n, mask=near, other=0.0)
         else:
             v = tl.load(x + (r + shift) * D + c, mask=near, other=0.0)
-            zero = tl.zeros([B, N], v.dtype)
-            h = activations.activate(_product(v, w1, zero, F), F.activation)
+            h = activations.activate(product(v, w1, None, F), F.activation)
         of_tap = weights[W2] + tap * N * N
         z = _weighted(h, 1.0 if _is_homogeneous(F.activation) else scale, of_tap, z, F)
     z = z * back + tl.load(weights[B2] + n)
@@ -342,7 +336,7 @@ def evaluate(
     if F.time:
         k += t * tl.load(weights[W3_TIME] + c)
     w = tl.load(weights[W3] + tl.arange(0, N)[:, None] * D + c)
-    return _product(activations.activate(z, F.activation), w, k, F)
+    return product(activations.activate(z, F.activation), w, k, F)
 
 
 @triton.jit
@@ -378,7 +372,7 @@ def first_layer(
             x + first * D + r * D + tl.arange(0, D)[None, :], mask=inside[:, None], other=0.0
         )
         w = _first_weights(weights, t.to(v.dtype), F)
-        h = activations.activate(_product(v, w, tl.zeros([B, N], v.dtype), F), F.activation)
+        h = activations.activate(product(v, w, None, F), F.activation)
         place = hidden + first * N + r * N + tl.arange(0, N)[None, :]
         tl.store(place, h, mask=inside[:, None])
 
@@ -437,14 +431,15 @@ def vjp_outer(
             )  # fmt: skip
             g = tl.load(cotangent + first * D + r * D + c, mask=inside[:, None], other=0.0)
             kept = activations.keep(z, F.activation)
-            delta = _product(g, w3, tl.zeros([B, N], T), F)
+            delta = product(g, w3, None, F)
             delta *= activations.derivative(kept, F.activation)
             tl.store(deltas + first * N + r * N + n, delta, mask=inside[:, None])
             tl.store(largest + 2 * index, bound)
             tl.store(largest + 2 * index + 1, tl.max(tl.max(tl.abs(delta), 1), 0))
             if WEIGHTS:
                 h = activations.value(kept, F.activation)
-                total = _product(tl.trans(h), g, total, F)  # pixels that are not there have g = 0
+                # Pixels that are not there have g = 0.
+                total = product(tl.trans(h), g, total, F)
                 of_tile = tl.sum(g, 0)
                 bias += of_tile
                 time += t * of_tile
@@ -519,20 +514,20 @@ def vjp_inner(
                 )
                 g = _weighted(delta, scale, weights[W2_TRANSPOSED] + tap * N * N, g, F)
             v = tl.load(x + first * D + r * D + c, mask=inside[:, None], other=0.0)
-            z = _product(v, _first_weights(weights, t, F), tl.zeros([B, N], T), F)
+            z = product(v, _first_weights(weights, t, F), None, F)
             kept = activations.keep(z, F.activation)
             g = g * back * activations.derivative(kept, F.activation)
             w = tl.load(weights[W1] + c * N + tl.arange(0, N)[:, None])  # [N, D]
             w = tl.where(c < F.channels, w, 0.0)
-            product = _product(g, w, tl.zeros([B, D], T), F)
+            of_state = product(g, w, None, F)
             place = first * D + r * D + c
-            tl.store(found + place, product, mask=inside[:, None])
+            tl.store(found + place, of_state, mask=inside[:, None])
             if ADD:
                 before = tl.load(total + place, mask=inside[:, None], other=0.0)
-                tl.store(total + place, before + product, mask=inside[:, None])
+                tl.store(total + place, before + of_state, mask=inside[:, None])
             if WEIGHTS:
                 v = tl.where((c == F.channels + 1) & inside[:, None], t, v)
-                weight_sum = _product(tl.trans(g), v, weight_sum, F)
+                weight_sum = product(tl.trans(g), v, weight_sum, F)
             if TIME:
                 g = tl.where(inside[:, None], g, 0.0)
                 of_tile = tl.sum(tl.sum(g, 0) * tl.load(weights[W1_TIME] + tl.arange(0, N)), 0)
@@ -600,7 +595,7 @@ def vjp_weights(
                 third = _scaled_product(h, h_scale, delta, d_scale, third, F)
             has = has_tap(p[None, :], inside[None, :], j, F) & is_mine
             times = tl.where(has, t, tl.where((j == 9) & inside[None, :], 1.0, 0.0))
-            bias = _product(times.to(T), delta, bias, F)
+            bias = product(times.to(T), delta, bias, F)
     place = sums + (pid * 9 + tap) * N * N + m * N + n
     tl.store(place, tl.load(place) + total * back)
     if TAKE == 3:
@@ -625,5 +620,4 @@ def _first_layer_transposed(
         return tl.load(hidden + first * N + r * N + tl.arange(0, N)[:, None], mask=near, other=0.0)
     else:
         v = tl.load(x + first * D + r * D + tl.arange(0, D)[:, None], mask=near, other=0.0)
-        zero = tl.zeros([N, B], v.dtype)
-        return activations.activate(_product(w1, v, zero, F), F.activation)
+        return activations.activate(product(w1, v, None, F), F.activation)

@@ -740,7 +740,7 @@ class _Body:
             self.line(f"{total} += tl.sum({factor} * {weight}[None, :], 1)[:, None]")
         else:
             weight = self._new(weight, "w")
-            call = f"products.product({factor}, {weight}, {total}, PRECISION)"
+            call = f"products.product_in({factor}, {weight}, {total}, PRECISION)"
             self.line(f"{total} = {call}")
 
     def _weight(self, x: _Node, outputs: str, out_mask: str, inputs: str, in_mask: str) -> str:
@@ -1007,6 +1007,6 @@ def _matrix_sum(
         "                record = records + i * SIZE",
         f"                x = {_block(graph, layout, left, 'a')} * tl.load(weight_ptr + i)",
         f"                y = {_block(graph, layout, right, 'b')}",
-        "                total = products.product(tl.trans(x), y, total, PRECISION)",
+        "                total = products.product_in(tl.trans(x), y, total, PRECISION)",
         "            tl.store(place, total, mask=mask)",
     ]

@@ -114,7 +114,7 @@ TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]
     ("by_row", 64, "tf32x3"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
     ("by_row", 128, "tf32x3"): _entry((16, 4, 128, 32)),
     ("by_row", 16, "tf32"): _entry((16, 4, 16, 16), (32, 4, 16, 16)),
-    ("by_row", 32, "tf32"): _entry((16, 4, 32, 16), (64, 4, 32, 32)),
+    ("by_row", 32, "tf32"): _entry((16, 4, 32, 16), (64, 8, 32, 16)),
     ("by_row", 64, "tf32"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
     ("by_row", 128, "tf32"): _entry((16, 4, 128, 32)),
     ("by_row", 16, "ieee"): _entry((16, 4, 16, 16), (32, 4, 16, 16)),
@@ -171,13 +171,14 @@ CONV_TABLE: dict[tuple[str, int, int] | tuple[str, int, int, int], tuple[int, in
     ("forward", 128, 2): (128, 8, 255),
     ("gather", 64, 1): (64, 4, 255),
     ("gradient", 64, 0): (32, 8, 255),
-    ("gradient", 64, 1): (64, 4, 255),
+    ("gradient", 64, 1): (32, 4, 255),
     ("gradient", 64, 2): (32, 4, 255),
     ("gradient", 128, 0): (16, 8, 255),
     ("gradient", 128, 1): (32, 8, 255),
     ("gradient", 128, 2): (32, 8, 255),
     # Where these would spill.
     ("forward", 128, 2, 80): (64, 8, 255),
+    ("gradient", 128, 1, 80): (16, 8, 255),
 }
 """Pixels of a tile, warps of a program, registers of a thread; for padded filters (up to that many)
 and 16-bit parts. "gather" goes before "forward" where the first hidden layer is in memory. Where a

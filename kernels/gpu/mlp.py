@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from anode_fast.kernels.gpu import activations
+from anode_fast.kernels.gpu.products import product
 
 
 class MLP(NamedTuple):
@@ -70,7 +71,7 @@ def _first_layer(weights, t, y, n, F: tl.constexpr, N: tl.constexpr):
     shift = tl.load(weights[1] + units, mask=inside, other=0.0)[None, :]
     if F.time:
         shift = shift + t * tl.load(row, mask=inside, other=0.0)[None, :]
-    return tl.dot(y, w, input_precision=F.precision, out_dtype=y.dtype) + shift
+    return product(y, w, None, F) + shift
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def _layer(
             else:
                 a = activations.value(_kept(record, inputs, LAYER - 1, F, B), F.activation)
             w = _weight_block(weights[2 * LAYER], units[None, :], inputs[:, None], F)
-            z = tl.dot(a, w, z, input_precision=F.precision, out_dtype=y.dtype)
+            z = product(a, w, z, F)
         return z
 
 
@@ -169,13 +170,7 @@ def evaluate(weights, record, t, y, F: tl.constexpr, B: tl.constexpr, KEEP: tl.c
             mask=(c < F.dim)[None, :] & (units < F.hidden)[:, None],
             other=0.0,
         )
-        k = tl.dot(
-            activations.activate(z, F.activation),
-            w,
-            k,
-            input_precision=F.precision,
-            out_dtype=y.dtype,
-        )
+        k = product(activations.activate(z, F.activation), w, k, F)
     return k
 
 
@@ -206,7 +201,7 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
             mask=(c < F.dim)[:, None] & (units < F.hidden)[None, :],
             other=0.0,
         )
-        g = tl.dot(cotangent, w, input_precision=F.precision, out_dtype=cotangent.dtype)
+        g = product(cotangent, w, None, F)
         slope = activations.derivative(_kept(record, units, LAST, F, B), F.activation)
         tl.store(deltas + _layer_offset(units, LAST, F, B), g * slope)
     tl.debug_barrier()
@@ -218,7 +213,7 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
                 outputs = k + tl.arange(0, F.K)
                 delta = tl.load(deltas + _layer_offset(outputs, layer + 1, F, B))
                 w = _weight_block(weights[2 * layer + 2], outputs[:, None], units[None, :], F)
-                g = tl.dot(delta, w, g, input_precision=F.precision, out_dtype=cotangent.dtype)
+                g = product(delta, w, g, F)
             slope = activations.derivative(_kept(record, units, layer, F, B), F.activation)
             tl.store(deltas + _layer_offset(units, layer, F, B), g * slope)
         tl.debug_barrier()
@@ -231,7 +226,7 @@ def vjp(weights, record, cotangent, F: tl.constexpr, B: tl.constexpr):
             other=0.0,
         )
         delta = tl.load(deltas + _layer_offset(units, 0, F, B))
-        g = tl.dot(delta, w, g, input_precision=F.precision, out_dtype=cotangent.dtype)
+        g = product(delta, w, g, F)
     return g
 
 
@@ -287,7 +282,7 @@ def accumulate(
             delta = tl.load(_deltas(record, F, B) + _layer_offset(units, 0, F, B))
             delta *= tl.load(weight_ptr + i)
             y = tl.load(record + B + r[:, None] * F.D + c[None, :])
-            w = tl.dot(tl.trans(delta), y, w, input_precision=F.precision, out_dtype=T)
+            w = product(tl.trans(delta), y, w, F)
             bias += tl.sum(delta, 0)
             of_time += tl.sum(delta * tl.load(record + r)[:, None], 0)
         tl.store(place, w, mask=mask)
@@ -309,7 +304,7 @@ def accumulate(
                     delta = tl.load(_deltas(record, F, B) + _layer_offset(units, layer, F, B))
                     delta *= tl.load(weight_ptr + i)
                     a = activations.value(_kept(record, inputs, layer - 1, F, B), F.activation)
-                    w = tl.dot(tl.trans(delta), a, w, input_precision=F.precision, out_dtype=T)
+                    w = product(tl.trans(delta), a, w, F)
                     bias += tl.sum(delta, 0)
                 tl.store(place, w, mask=mask)
                 _add(sums + F.hidden * F.hidden + units, bias, (units < F.hidden) & (k == 0))
@@ -325,7 +320,7 @@ def accumulate(
             delta = tl.load(_deltas(record, F, B) - B * F.D + r[:, None] * F.D + c[None, :])
             delta *= tl.load(weight_ptr + i)
             a = activations.value(_kept(record, inputs, LAYERS - 1, F, B), F.activation)
-            w = tl.dot(tl.trans(delta), a, w, input_precision=F.precision, out_dtype=T)
+            w = product(tl.trans(delta), a, w, F)
             bias += tl.sum(delta, 0)
         tl.store(place, w, mask=mask)
         _add(sums + F.dim * F.hidden + c, bias, (c < F.dim) & (k == 0))

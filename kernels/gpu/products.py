@@ -23,14 +23,23 @@ def nearest_tf32(x):
 
 
 @triton.jit
-def product(a, b, total, PRECISION: tl.constexpr):
+def product(a, b, total, F: tl.constexpr):
     """Sum of `total` and a @ b.
 
     Args:
         a, b: [M, K] and [K, N], of one dtype.
         total: [M, N] in that dtype, or None for 0.
-        PRECISION: "ieee", "tf32x3" or "tf32", these of float32.
+        F: The field, whose `precision` it is: "ieee", "tf32x3" or "tf32", these of float32.
     """
+    if F.precision == "tf32":
+        a = nearest_tf32(a)
+        b = nearest_tf32(b)
+    return tl.dot(a, b, total, input_precision=F.precision, out_dtype=a.dtype)
+
+
+@triton.jit
+def product_in(a, b, total, PRECISION: tl.constexpr):
+    """The same for a field that has no constants: PRECISION is "ieee", "tf32x3" or "tf32"."""
     if PRECISION == "tf32":
         a = nearest_tf32(a)
         b = nearest_tf32(b)

@@ -227,12 +227,13 @@ void test_field(const Net& net, int vectors, int rows, Random random) {
   field.prepare_deltas(deltas.data(), vectors);
   std::copy(input.begin() + (lead - 1) * n, input.end(), record.begin() + (lead - 1) * n);
   std::vector<T> recorded(dim * n, T(kNan)), y_grad(dim * n, T(kNan)), time_grad(n, T(kNan));
-  field.evaluate_recording(record.data(), recorded.data(), vectors);
+  field.evaluate_recording(record.data(), recorded.data(), scratch.data(), vectors);
   CHECK(close(recorded, values, kRounding<T>));
   std::copy(cotangent.begin(), cotangent.end(), field.cotangent(deltas.data(), vectors));
-  field.vjp(record.data(), deltas.data(), y_grad.data(), vectors);
+  field.vjp(record.data(), deltas.data(), y_grad.data(), scratch.data(), vectors);
   CHECK(close(y_grad, y_grads, kRounding<T>));
-  field.time_gradient(deltas.data(), time_grad.data(), vectors);
+  field.time_gradient(record.data(), deltas.data(), time_grad.data(), scratch.data(),
+                      vectors);
   CHECK(close(time_grad, time_grads, kRounding<T>));
 
   std::vector<T> sum(field.gradient_size());

@@ -13,18 +13,28 @@ import torch
 
 from anode_fast import MLPField, odeint
 from anode_fast.kernels import interface
-from anode_fast.kernels.cpu import conv, library, solve
+from anode_fast.kernels.cpu import conv, library, lowering, solve
 from anode_fast.stats import Status
 
 HEADERS = Path(__file__).parents[3] / "kernels" / "cpu"
 needs_library = pytest.mark.skipif(library.load() is None, reason=library.missing() or "loaded")
 
+SPACES = ("record", "out", "deltas", "scratch", "local", "lanes")
 STRUCTS = {
     "Plan": solve._Plan,
     "MlpShape": solve._Field,
     "Tableau": solve._Tableau,
     "Options": solve._Options,
     "Result": solve.Result,
+    "ProgramShape": lowering.Shape,
+    "Place": lowering._Place,
+    "Operation": lowering._Operation,
+    "Group": lowering._Group,
+    "PanelShape": lowering._Panel,
+    "ConstantShape": lowering._Constant,
+    "SumShape": lowering._Sum,
+    "TensorShape": lowering._Tensor,
+    "Zeros": lowering._Zeros,
     "ConvShape": conv._Shape,
     "ConvArguments": conv._Arguments,
 }
@@ -40,9 +50,14 @@ CONSTANTS = {
     "kNonFinite": interface.NON_FINITE,
     "kNonFiniteInput": interface.NON_FINITE_INPUT,
     "kOutOfMemory": interface.OUT_OF_MEMORY,
+    "kFieldDiffers": interface.FIELD_DIFFERS,
     "kAbiVersion": library.ABI_VERSION,
+    "ProgramShape::kBlock": lowering.BLOCK,
+    "ProgramShape::kPadding": lowering.PADDING,
+    **{f"Space::{name}": getattr(lowering, name.upper()) for name in SPACES},
+    **{f"Op::{name}": i for i, name in enumerate(lowering.OPS)},
     # Words before the addresses and numbers in a block of arguments.
-    "sizeof(SolveArguments) / 8": 9,
+    "sizeof(SolveArguments) / 8": 11,
     "sizeof(DiscreteGradientArguments) / 8": 6,
 }
 
@@ -143,11 +158,15 @@ def test_as_many_as_there_is_room_for(stages, hidden):
 
 @needs_library
 @pytest.mark.parametrize(
-    ("stages", "hidden"),
-    [(solve.MOST_STAGES + 1, (4,)), (1, (4,) * (solve.MOST_HIDDEN_LAYERS + 1)), (1, ())],
+    ("stages", "hidden", "what"),
+    [
+        (solve.MOST_STAGES + 1, (4,), "17 stages"),
+        (1, (4,) * (solve.MOST_HIDDEN_LAYERS + 1), "9 hidden layers"),
+        (1, (), "0 hidden layers"),
+    ],
 )
-def test_no_room(stages, hidden):
-    with pytest.raises(ValueError, match=f"no room for {stages} stages and {len(hidden)} hidden"):
+def test_no_room(stages, hidden, what):
+    with pytest.raises(ValueError, match=f"no room for {what}, want"):
         make(stages, hidden)
 
 

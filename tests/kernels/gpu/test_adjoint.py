@@ -122,7 +122,12 @@ def test_second_derivatives(control, device):
         return *(g.detach() for g in first), *second
 
     # The kernels leave them to the reference path.
-    assert_equal(found(), found(backend="reference", gradient="autograd"))
+    for got, want in zip(found(), found(backend="reference", gradient="autograd"), strict=True):
+        if device.type == "cpu":
+            assert_equal(got, want)
+        else:  # cuBLAS rounds as it likes
+            error = (got - want).abs().max()
+            assert error <= 32 * torch.finfo(f64).eps * want.abs().max()
 
 
 @pytest.mark.parametrize("method", ["heun3", "rk4"])

@@ -173,9 +173,13 @@ def test_what_is_not_finite_stays_so_where_it_is_seen(value, device):
     x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(2)).to(device)
     x[0, 1, 2, 2] = value
     t = torch.tensor([0.0, 1.0])
-    options = dict(step_size=1.0)
-    with pytest.raises(RuntimeError, match="non-finite values in state"):
-        odeint(field, x, t, method="euler", backend="triton", options=options)
+    given = dict(method="euler", backend="triton", options=dict(step_size=1.0))
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match="non-finite values in state"):
+            odeint(field, x, t, **given)
+    else:  # nobody waits for the device
+        y = odeint(field, x, t, **given)
+        assert not y[0].isfinite().all() and not y[1].isfinite().all()
 
 
 @pytest.mark.parametrize(
