@@ -33,26 +33,27 @@ ORDER = """
     anode_fast.kernels.gpu.by_stage
     anode_fast.kernels.gpu.any_field
     anode_fast.kernels.gpu.launch
+    anode_fast.kernels.gpu.generate
     anode_fast.kernels.gpu.host
     anode_fast.kernels.gpu.reverse
     anode_fast.kernels.gpu.unwind
     anode_fast.kernels.gpu.combine
+    anode_fast.kernels.gpu.first_stage
     anode_fast.kernels.gpu.continuous
     anode_fast.kernels.gpu.adjoint
     anode_fast.kernels.gpu.runge_kutta
     anode_fast.kernels.gpu.controller
     anode_fast.kernels.gpu.conv
     anode_fast.kernels.gpu.mlp
-    anode_fast.kernels.gpu.generate
-    anode_fast.kernels.gpu.functions
     anode_fast.kernels.gpu.products
+    anode_fast.kernels.gpu.functions
     anode_fast.kernels.gpu.activations
     anode_fast.kernels.cpu
     anode_fast.kernels.cpu.solve
+    anode_fast.kernels.cpu.lowering
     anode_fast.kernels.cpu.conv
     anode_fast.kernels.cpu.combine
     anode_fast.kernels.cpu.library
-    anode_fast.kernels.program
     anode_fast.kernels.interface
     anode_fast.adjoint
     anode_fast.reference
