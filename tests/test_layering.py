@@ -38,6 +38,7 @@ ORDER = """
     anode_fast.kernels.gpu.reverse
     anode_fast.kernels.gpu.unwind
     anode_fast.kernels.gpu.combine
+    anode_fast.kernels.gpu.first_stage
     anode_fast.kernels.gpu.continuous
     anode_fast.kernels.gpu.adjoint
     anode_fast.kernels.gpu.runge_kutta

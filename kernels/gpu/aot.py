@@ -14,7 +14,7 @@ rows, on an architecture:
     shared     bytes of a program
     matrix     matrix instructions in the code; code: all instructions; kB: their size
     compile    seconds of a processor, ptxas included
-    bound      us that a step of one tile takes at least: its matrix products, made by one
+    bound      (not of programs) us that a step of one tile takes at least: its matrix products, made by one
                multiprocessor at the peak of the GPU's data sheet. A step takes far longer: its
                products wait for one another
 
@@ -66,6 +66,7 @@ from anode_fast.kernels.gpu import (
 )
 from anode_fast.kernels.gpu.launch import ARCHITECTURES, ONE_STEP_SIZE, WIDTHS, Launch, architecture
 from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, ConvField, Field, Method
+from anode_fast.kernels.program import STATE, TIME, Instruction, Program
 
 MODULE = "anode_fast.kernels.gpu.aot"
 PROCESSES = 2
@@ -120,6 +121,7 @@ class Case:
         arch: Compute capability, 90 for 9.0.
         stages: Of the method.
         launch: Instead of the table's.
+        program: Of `PROGRAMS`, instead of a perceptron; "" for that.
     """
 
     kernel: str
@@ -132,6 +134,7 @@ class Case:
     activation: int = 1
     stages: int = 7
     launch: Launch | None = None
+    program: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,12 +147,66 @@ class Case:
         return KERNELS[self.kernel].module in (conv, combine, unwind, reverse)
 
     @property
-    def field(self) -> Field | ConvField:
+    def field(self) -> Field | ConvField | Program:
         """The field."""
+        if self.program:
+            return PROGRAMS[self.program]
         if self.is_conv:
             return ConvField(self.dim, self.hidden, self.activation, True)
         return Field(self.dim, (self.hidden,) * self.layers, self.activation, True)
 
+
+def _programs() -> dict[str, Program]:
+    """Fields as users write them: what recognition makes of them."""
+
+    def step(op: str, *inputs: int, width: int = 1, parameters: Sequence[int] = ()) -> Instruction:
+        return Instruction(op, inputs, width, tuple(parameters))
+
+    H = 32
+    layers = ((H, 8), (H,), (H, H), (H,), (7, H), (7,))
+    joined = step("join", STATE, TIME, width=8)
+    perceptron = (
+        joined,
+        step("linear", 2, width=H, parameters=(0, 1)),
+        step("softplus", 3, width=H),
+        step("linear", 4, width=H, parameters=(2, 3)),
+        step("softplus", 5, width=H),
+        step("linear", 6, width=7, parameters=(4, 5)),
+    )
+    gated = (
+        *perceptron[:4],
+        step("sigmoid", TIME),
+        step("mul", 5, 6, width=H),
+        step("tanh", 7, width=H),
+        step("add", 4, 8, width=H),
+        step("linear", 9, width=7, parameters=(4, 5)),
+        step("sub", 10, STATE, width=7),
+    )
+    spiral = (
+        Instruction("pow", (STATE,), 2, (), 3.0),
+        step("linear_t", 2, width=2, parameters=(0,)),
+    )
+    predators = (
+        Instruction("slice", (STATE,), 1, (), 0.0),
+        Instruction("slice", (STATE,), 1, (), 1.0),
+        step("mul", 2, 3),
+        step("parameter", parameters=(0,)),
+        step("parameter", parameters=(1,)),
+        step("mul", 5, 2),
+        step("sub", 7, 4),
+        step("mul", 6, 3),
+        step("sub", 4, 9),
+        step("join", 8, 10, width=2),
+    )
+    return {
+        "perceptron": Program(7, layers, perceptron),
+        "gated": Program(7, layers, gated),
+        "spiral": Program(2, ((2, 2),), spiral),
+        "predators": Program(2, ((1,), (1,)), predators),
+    }
+
+
+PROGRAMS = _programs()
 
 # --- launches -------------------------------------------------------------------------------------
 
@@ -245,9 +302,11 @@ def _method(stages: int) -> Method:
     return Method(5, zeros, rows, zeros, zeros, [[0.0] * 4] * stages, True)
 
 
-def _parameters(field: Field | ConvField, dtype: torch.dtype) -> list[Tensor]:
+def _parameters(field: Field | ConvField | Program, dtype: torch.dtype) -> list[Tensor]:
     """Weights and biases, which nobody reads."""
     shapes: list[tuple[int, ...]] = []
+    if isinstance(field, Program):
+        return [torch.empty(shape, dtype=dtype) for shape in field.shapes]
     if isinstance(field, ConvField):
         C, K = field.channels, field.filters
         for weight in ((K, 1 + C, 1, 1), (K, 1 + K, 3, 3), (C, 1 + K, 1, 1)):
@@ -284,7 +343,11 @@ def noted_launches(case: Case) -> list[Noted]:
     """All launches of the solve, or of its gradient, that the case's kernel is part of."""
     kernel, dtype, times = KERNELS[case.kernel], case.dtype, (0.0, 0.5, 1.0)
     parameters = _parameters(case.field, dtype)
-    shape = (case.rows, min(2, case.dim), *(IMAGE if case.is_conv else ()))
+    shape = (
+        case.rows,
+        min(2, case.field.dim if case.program else case.dim),
+        *(IMAGE if case.is_conv else ()),
+    )
     x = torch.empty(shape, dtype=dtype)
     is_fixed = kernel.control == FIXED
     options: dict[str, float] = dict(
@@ -415,7 +478,7 @@ def compiled(case: Case) -> tuple[Report, str]:
         report.warps = kernel.metadata.num_warps
         if {"F", "B"} <= set(noted.arguments):
             F, report.rows = noted.arguments["F"], noted.arguments["B"]
-            report.bound = _bound(case, report.rows)
+            report.bound = 0.0 if case.program else _bound(case, report.rows)
             report.N, report.K = F.N, F.D if case.is_conv else F.K
         text = _disassembled(kernel.asm["cubin"])
         for name, value in parsed(text).items():
@@ -468,6 +531,9 @@ def _selection() -> Iterator[Case]:
     yield Case("gradient_by_row", stages=14)
     for activation in range(8):
         yield Case("gradient_batch", activation=activation)
+    for arch, program in itertools.product(ARCHITECTURES, PROGRAMS):
+        for kernel in ("adaptive", "gradient_by_row", "continuous"):
+            yield Case(kernel, rows=64, arch=arch, program=program)
 
 
 def _kernels(conv: bool) -> list[str]:
@@ -528,6 +594,7 @@ def _distinct(found: Iterable[Case]) -> list[Case]:
             key += launch.conv_configuration(*(part, case.field, *IMAGE, case.precision, case.arch))
         elif kind:
             is_double = case.precision == "ieee"
+            key += (case.program,)
             arguments = (kind, case.rows, case.field, case.precision, is_double, case.arch)
             configuration = launch.configuration(*arguments)
             is_one_program = kind in ONE_STEP_SIZE and case.rows <= configuration[1].rows
@@ -600,7 +667,7 @@ def _line(cells: Sequence[object]) -> str:
 def line(report: Report) -> str:
     """A report as a line of the table."""
     case, usual = report.case, Case(report.case.kernel)
-    differing = ("dim", "layers", "activation", "stages")
+    differing = ("dim", "layers", "activation", "stages", "program")
     special = [
         f"{x} {getattr(case, x)}" for x in differing if getattr(case, x) != getattr(usual, x)
     ]

@@ -38,6 +38,7 @@ NON_FINITE_AT = tl.constexpr(10)  # where they ended
 SLOPE_NORM = tl.constexpr(11)  # norm of the first derivative, for the first step
 ROW = tl.constexpr(12)  # steps by row: first row that failed
 ROWS = tl.constexpr(13)  # and how many did
+DIFFERS = tl.constexpr(14)  # 1: the field is not what it was expected to be; of the first tile
 CONTROL = tl.constexpr(16)
 
 # Status. Those of `Status` in anode_fast/stats.py are one less.

@@ -21,6 +21,7 @@ from anode_fast.kernels.interface import SUCCESS, Method
 
 CONTROL = controller.CONTROL.value
 STATUS = controller.STATUS.value
+DIFFERS = controller.DIFFERS.value
 FULL = controller.FULL.value - 1
 RUNNING = controller.RUNNING.value - 1
 """Sizes and places in `control`; outcomes beside those of kernels/interface.py."""
@@ -52,6 +53,8 @@ class Result:
     rows: int = 0
     output: int = 0
     launches: int = 0
+    differs: bool = False
+    """Whether the first stage is not as expected; see `first_stage.py`."""
     nfe_again: int = 0
     """Evaluations that it takes the discrete gradient to make all stages again."""
     last: tuple[Tensor, Tensor] | None = None
@@ -324,6 +327,22 @@ def most_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def sent(number: Tensor) -> Callable[[], float]:
+    """Starts to copy a number on the device; what is returned waits for that, and no longer."""
+    if number.device.type != "cuda":
+        return number.item
+    here = torch.empty((), dtype=number.dtype, pin_memory=True)
+    here.copy_(number, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> float:
+        arrived.synchronize()
+        return float(here)
+
+    return wait
 
 
 def spoil(failed: Tensor, *found: Tensor | None) -> None:

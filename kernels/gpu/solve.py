@@ -9,7 +9,7 @@ Fixed steps never wait.
 from __future__ import annotations
 
 import bisect
-import math
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from anode_fast.kernels.gpu import (
     adjoint,
     continuous,
     controller,
+    first_stage,
     generate,
     host,
     launch,
@@ -32,6 +33,7 @@ from anode_fast.kernels.gpu.launch import Launch
 from anode_fast.kernels.gpu.launch import why_not as why_not
 from anode_fast.kernels.interface import (
     BATCH,
+    FIELD_DIFFERS,
     FIXED,
     NON_FINITE,
     NON_FINITE_INPUT,
@@ -41,6 +43,10 @@ from anode_fast.kernels.interface import (
     Method,
 )
 from anode_fast.kernels.program import Program
+
+ROUNDING_UNITS, ROUNDING_FACTOR, POINTS = 32, 16, 4
+"""Of a first stage that is compared: errors let pass, in units of rounding; how much larger than
+what rounding is seen to do they may be; and at how many points that is looked at."""
 
 STEPS_AT_ONCE = 16
 """Steps of a tile whose weight gradients are made at the same time, after the adjoint ODE."""
@@ -99,25 +105,107 @@ class Solve(host.Solver):
             times: Output times, increasing.
             grid: For fixed steps: where they begin and end.
             keep: Whether to keep checkpoints.
+            expected: dy/dt of the first rows of x at the first time, [some rows, dim], contiguous,
+                by other code and in that code's time. Where the field's own values differ from it
+                by more than rounding, the outcome is FIELD_DIFFERS. Adaptive solves tell it with
+                their outcome; one by fixed steps waits for the comparison, not for the solve: it
+                has no outcome to wait for, and a wrong solution is worse. While a CUDA graph is
+                captured the solution is nan instead.
 
         Returns:
             The solution [times, rows, dim], counts and outcome, and the checkpoints, None if not
             asked for or if the solve failed.
         """
-        arguments = (x, tuple(parameters), tuple(times), tuple(grid), keep)
+        if expected is not None and not expected.numel():
+            expected = None
+        arguments = (x, tuple(parameters), tuple(times), tuple(grid), keep, expected)
         solve: Callable[..., tuple[Tensor, host.Result, Checkpoints]]
         solve = {FIXED: self._fixed, BATCH: self._batch, SAMPLE: self._sample}[self.control]
         with host.on(x.device):
             out, result, checkpoints = solve(*arguments)
+            if expected is not None:
+                result.launches += 1
+                if result.differs and not self._is_rounding(x, parameters, times, expected):
+                    result.status = FIELD_DIFFERS
         return out, result, checkpoints if keep and result.status == SUCCESS else None
 
+    def _compare(
+        self,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        times: Sequence[float],
+        expected: Tensor,
+        control: Tensor,
+    ) -> Tensor:
+        """Queues the comparison of the first stage. Returns the field's values, like `expected`."""
+        rows, dtype = expected.shape[0], x.dtype
+        functions, F, config = self._configuration("fixed", x.device, rows, dtype)
+        _, settings = self._constants(x.device)
+        values: Tensor = host.empty(x, (rows, self.dim))
+        unit = 2**-11 if F.precision == "tf32" else torch.finfo(dtype).eps
+        first_stage.compare[(1,)](
+            x=x,
+            weights=tuple(parameters),
+            settings=settings,
+            times=host.doubles(tuple(times), x.device),
+            expected=expected,
+            values=values,
+            control=control,
+            bound=host.doubles((ROUNDING_UNITS * unit,), x.device),
+            scratch=host.empty(x, (F.record_size(config.rows),)),
+            x_stride=x.stride(0),
+            rows=rows,
+            **dict(EVALUATE=functions.evaluate, F=F, DIM=self.dim, DATA=self.data_dim),
+            **dict(B=config.rows, D=F.D),
+            **config.options,
+        )
+        return values
+
+    def _is_rounding(
+        self, x: Tensor, parameters: Sequence[Tensor], times: Sequence[float], expected: Tensor
+    ) -> bool:
+        """Whether values differ from those expected by no more than rounding may do.
+
+        How much that is depends on the field: sums may cancel. It is measured, as in
+        kernels/cpu/first_stage.hpp, by the same field in the other precision, at several points.
+        Waits for the device; fields that are the user's seldom come here.
+        """
+        rows, eps = expected.shape[0], torch.finfo(self.dtype).eps
+        others = torch.float64 if self.dtype == torch.float32 else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        first = x[:rows].double().repeat(POINTS, 1)
+        nudge = torch.rand(first.shape, generator=generator, dtype=torch.float64) * 2**-12
+        nudge[:rows] = 0
+        states = (first + (first.abs() + 1) * nudge.to(x.device)).float()
+        control = host.zeros(x, (host.CONTROL,))
+        none = expected.new_zeros(len(states), self.dim)
+        own = self._compare(states.to(self.dtype), parameters, times, none, control)
+        copies = [p.to(others) for p in parameters]
+        other = self._compare(states.to(others), copies, times, none.to(others), control)
+        distance = (own.double() - other.double()).abs()
+        finite = torch.where(distance.isfinite(), distance, 0.0)
+        single = torch.finfo(torch.float32).eps
+        rounding = float(finite.max()) * eps / single
+        size = float(torch.where(expected.isfinite(), expected, 0.0).abs().max())
+        if bool((own.isfinite() != other.isfinite()).any()):  # float32 overflows: not measured
+            rounding = max(rounding, single * size)
+        values = self._compare(x, parameters, times, expected, control)
+        most = ROUNDING_UNITS * eps * size + ROUNDING_FACTOR * rounding
+        alike = ((values - expected).abs() <= most) | (values == expected)
+        return bool((alike | (values.isnan() & expected.isnan())).all())
+
     def _configuration(
-        self, kernel: str, device: torch.device, rows: int
+        self,
+        kernel: str,
+        device: torch.device,
+        rows: int,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Any, launch.Compiled, Launch]:
         """The module with the field's functions, the field that they take, and the launch."""
+        dtype = dtype or self.dtype
         F, config = launch.configuration(
-            *(kernel, rows, self.field, launch.precision(self.dtype)),
-            *(self.dtype == torch.float64, host.capability(device)),
+            *(kernel, rows, self.field, launch.precision(dtype)),
+            *(dtype == torch.float64, host.capability(device)),
         )
         functions = mlp
         if isinstance(self.field, Program):
@@ -157,6 +245,7 @@ class Solve(host.Solver):
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
+        expected: Tensor | None,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows, num_steps = x.shape[0], len(grid) - 1
         arguments, programs, known = self._arguments("fixed", x, parameters, keep)
@@ -166,6 +255,11 @@ class Solve(host.Solver):
         out = host.empty(x, (len(times), rows, self.dim))
         states = host.empty(x, (num_steps if keep else 0, 2, rows, self.dim))
         control = host.zeros(x, (programs, host.CONTROL))
+        differs = None
+        if expected is not None:
+            self._compare(x, parameters, times, expected, control)
+            if not host.is_captured(x.device):
+                differs = host.sent(control[0, host.DIFFERS])
         arguments |= dict(
             times=times_on,
             ends=ends_on,
@@ -177,6 +271,8 @@ class Solve(host.Solver):
             num_steps=num_steps,
         )
         host.launch(known, runge_kutta.fixed, (programs,), arguments)
+        if expected is not None and differs is None:
+            host.spoil(control[0, host.DIFFERS] != 0, out)
         evaluations = sum(last - first for _, _, first, last in plan)
         result = host.Result(nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=1)
         if not host.never_waits(x.device):
@@ -184,6 +280,7 @@ class Solve(host.Solver):
             if bad < len(times):
                 result.status = NON_FINITE_INPUT if bad < 0 else NON_FINITE
                 result.output = bad
+        result.differs = differs is not None and bool(differs())
         kept = Checkpoints(
             states, ends_on, plan_on, control, times_on, rows, num_steps, arguments["B"], result
         )
@@ -196,6 +293,7 @@ class Solve(host.Solver):
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
+        expected: Tensor | None,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows = x.shape[0]
         arguments, programs, known = self._arguments("adaptive", x, parameters, keep)
@@ -209,6 +307,8 @@ class Solve(host.Solver):
         sums = host.empty(x, (programs, runge_kutta.SUMS.value), torch.float64)
         arrivals = self._arrivals(x, programs)
         launches = 0
+        if expected is not None:
+            self._compare(x, parameters, times, expected, control)
 
         def queue() -> host.Queue:
             arguments_of = dict(
@@ -241,13 +341,14 @@ class Solve(host.Solver):
                 dt=state[controller.DT.value],
                 launches=launches,
                 nfe_again=accepted * (self.stages - 1) + 1,
+                differs=bool(state[host.DIFFERS]),
             )
 
         if is_captured:
             launches = 1 if programs == 1 else self._captured_attempts() + 2
             queue().launch(launches)
-            result = host.Result(launches=launches, later=outcome)
-            out.masked_fill_(control[host.STATUS] != controller.SUCCESS.value, math.nan)
+            result = host.Result(launches=launches, later=functools.partial(_told, outcome))
+            host.spoil(self._failed(control), out)
         else:
             queued = queue()
             while True:
@@ -276,6 +377,7 @@ class Solve(host.Solver):
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
+        expected: Tensor | None,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
         rows = x.shape[0]
         arguments, programs, known = self._arguments("by_row", x, parameters, keep)
@@ -288,6 +390,8 @@ class Solve(host.Solver):
         control = host.zeros(x, (programs, host.CONTROL))
         row_control = host.zeros(x, (5, programs * arguments["B"]))
         launches = 0
+        if expected is not None:
+            self._compare(x, parameters, times, expected, control)
         while True:
             arguments |= dict(
                 times=times_on,
@@ -313,13 +417,19 @@ class Solve(host.Solver):
             return result
 
         if is_captured:
-            failed = (control[:, host.STATUS] != controller.SUCCESS.value).any()
-            out.masked_fill_(failed, math.nan)
-        result = host.Result(launches=launches, later=outcome) if is_captured else outcome()
+            host.spoil(self._failed(control), out)
+        later = functools.partial(_told, outcome)
+        result = host.Result(launches=launches, later=later) if is_captured else outcome()
         kept = Checkpoints(
             states, steps, arguments["scratch"], control, times_on, rows, 0, arguments["B"], result
         )
         return out, result, kept
+
+    @staticmethod
+    def _failed(control: Tensor) -> Tensor:
+        """Whether a solve has failed, or its field is not what it was expected to be."""
+        failed = control[..., host.STATUS] != controller.SUCCESS.value
+        return torch.any(failed | (control[..., host.DIFFERS] != 0))
 
     def _merged(self, state: Tensor, counts: Tensor) -> host.Result:
         """The tiles' outcomes as one.
@@ -327,7 +437,8 @@ class Solve(host.Solver):
         In the reference all rows are at the same attempt: the first failure ends the solve.
         """
         accepted, rejected = counts.amax(1).tolist() if counts.numel() else (0, 0)
-        result = host.Result(accepted=int(accepted), rejected=int(rejected))
+        differs = bool(state[0, host.DIFFERS])
+        result = host.Result(accepted=int(accepted), rejected=int(rejected), differs=differs)
         attempts = state[:, controller.NFE.value]
         failed = state[:, host.STATUS] != controller.SUCCESS.value
         made = attempts.max()
@@ -425,8 +536,7 @@ class Solve(host.Solver):
         forward, launches = checkpoints.result, 2 if wanted else 1
         result = host.Result(nfe=forward.nfe_again, launches=launches)
         if found := forward.later:
-            failed = checkpoints.control[..., host.STATUS] != controller.SUCCESS.value
-            host.spoil(failed.any(), x_grad, *grads)
+            host.spoil(self._failed(checkpoints.control), x_grad, *grads)
             result.later = lambda: host.Result(nfe=found().nfe_again, launches=launches)
         return x_grad if x is not None else None, grads, result
 
@@ -681,6 +791,14 @@ class Solve(host.Solver):
             "ieee": str(self.dtype).removeprefix("torch."),
         }[launch.precision(self.dtype)]
         return f"{kernel}, {programs} x {config.rows} rows, {launches}, {arithmetic}"
+
+
+def _told(outcome: Callable[[], host.Result]) -> host.Result:
+    """The outcome of a captured solve; there was no look at what rounding may do to its field."""
+    result = outcome()
+    if result.differs:
+        result.status = FIELD_DIFFERS
+    return result
 
 
 def _adjoint_steps(

@@ -74,7 +74,9 @@ JITFunction.run = remembering
 from anode_fast import fused
 from anode_fast.kernels.gpu import by_stage, host, solve
 from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, ConvField, Field
+from anode_fast.kernels.program import Instruction, Program
 from anode_fast.tableau import DOPRI5, RK4
+from tests.kernels.gpu.programs import PROGRAMS
 
 host.capability = lambda device: 90
 host.is_captured = lambda device: True  # it would wait for an outcome
@@ -129,6 +131,31 @@ for rows in (21, 32, 17):
     call(BATCH, rows)
 assert {compiled for _, compiled, _ in launched} == before
 
+
+# Fields from programs, generated in each process anew: all functions that there are, no linear map,
+# no tensors, one feature. The first stage is compared.
+launched.clear()
+calls.clear()
+no_tensors = Program(2, (), (Instruction("sin", (1,), 2),))
+for program in (PROGRAMS["everything"], PROGRAMS["growth"], PROGRAMS["cubic"], no_tensors):
+    tensors = [torch.randn(shape) for shape in program.shapes]
+    few = OPTIONS | dict(data_dim=min(2, program.dim))
+    for control in (BATCH, FIXED) if program is no_tensors else (BATCH,):
+        made = solve.Solve(program, METHODS[control], torch.float32, control=control, **few)
+        x, grid = torch.randn(20, few["data_dim"]), (0.0, 0.5, 1.0) if control == FIXED else ()
+        expected = torch.randn(3, program.dim)
+        y, _, kept = made.forward(x, tensors, (0.0, 1.0), grid, True, expected)
+        grad = torch.randn(2, 20, program.dim)
+        made.discrete_gradient(kept, tensors, grad, x, wanted=True)
+        if control == BATCH:
+            wanted = [True] * len(tensors)
+            made.continuous_gradient(y, tensors, (0.0, 1.0), grad, x, wanted, seminorm=True)
+assert all(has_code for _, _, has_code in launched)
+assert {name for name, _, _ in launched} == {
+    "first_stage.compare", "runge_kutta.fixed", "runge_kutta.adaptive",
+    "adjoint.discrete_gradient", "adjoint.reduce",
+    "continuous.adaptive", "continuous.quadrature",
+}, launched
 
 # Convolutional fields: solves stage by stage.
 launched.clear()
