@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from anode_fast import fused, reference
 from anode_fast.kernels import gpu
 from anode_fast.problem import ADAPTIVE, FIXED, Problem, rms_norm
-from anode_fast.reference.runge_kutta import AdaptiveRecipe
+from anode_fast.reference.runge_kutta import AdaptiveRecipe, check_deterministic
 from anode_fast.reference.step import Interval, Recipe, Step
 from anode_fast.stats import SolveStats, Status
 from anode_fast.tableau import TABLEAUS
@@ -37,6 +37,8 @@ def why_not(problem: Problem) -> str:
         return "the state is a tuple"
     if y0.dtype not in (torch.float32, torch.float64) or problem.state_dtype != y0.dtype:
         return f"the state is {problem.state_dtype}, want float32 or float64"
+    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
     if type(y0) not in (Tensor, nn.Parameter) or y0.numel() >= 2**31:
         return "the state is no plain tensor of less than 2**31 entries"
     if len(problem.times) == 1:
@@ -110,6 +112,8 @@ def solve(
         _look_at(problem, solution)
     if result.status:
         stats.status = Status(min(result.status, Status.NON_FINITE))
+        if stats.status in (Status.UNDERFLOW, Status.MAX_STEPS):
+            check_deterministic(problem.field, result.t, result.last[0])
         raise fused.failure(problem, False, result, solution)
     if watch is not None:
         for step in _steps(problem, kept):
