@@ -104,6 +104,7 @@ def solve(
         keep=watch is not None,
         f0=f0,
         may_capture=counters.may_capture if counters.can_be_captured else None,
+        doubt=counters.check_deterministic,
     )
     counters.settle(result.nfe - (f0 is not None))
     stats.nfe, stats.accepted, stats.rejected = result.nfe, result.accepted, result.rejected
@@ -112,7 +113,7 @@ def solve(
         _look_at(problem, solution)
     if result.status:
         stats.status = Status(min(result.status, Status.NON_FINITE))
-        if stats.status in (Status.UNDERFLOW, Status.MAX_STEPS):
+        if stats.status == Status.UNDERFLOW:
             check_deterministic(problem.field, result.t, result.last[0])
         raise fused.failure(problem, False, result, solution)
     if watch is not None:
@@ -158,7 +159,7 @@ class _Counters:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._field, func = problem.field, problem.original
+        self._problem, self._field, func = problem, problem.field, problem.original
         self._module = func if isinstance(func, nn.Module) else None
         self._before = self._counts()
         self._nfe = self._field.nfe
@@ -203,6 +204,11 @@ class _Counters:
         for key, advance in (advances or {}).items():
             module, name = key
             setattr(module, name, self._before[key] + advance * evaluations)
+
+    def check_deterministic(self) -> None:
+        """Raises if two evaluations of the field, at the start, differ."""
+        self.calls += 2
+        check_deterministic(self._field, self._problem.times[0], self._problem.y0)
 
     def _counts(self) -> dict[tuple[nn.Module, str], int]:
         if self._module is None:

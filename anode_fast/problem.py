@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import math
 import sys
@@ -243,8 +244,7 @@ class Problem:
         constructor: Callable[..., Tensor] | None = self.options.get("grid_constructor")
         first, last = (self.shifts[0], self.shifts[-1]) if self.shifts else (None, None)
         if step_size is not None:
-            t = self.t.detach().cpu()
-            grid = step_grid(-t if self.backwards else t, step_size)
+            grid = known_grid(tuple(self.times), self.t.dtype, step_size)
         elif constructor is not None:
             state = self.layout.unpack(self.y0) if self.layout else self.y0
             # As torchdiffeq does it, the constructor sees the user's own time.
@@ -289,6 +289,20 @@ class Problem:
         known = {t for t, _ in grid}
         inside = [(t, None) for t in jumps if grid[0][0] < t < grid[-1][0] and t not in known]
         return sorted([*grid, *inside], key=lambda point: point[0]) if inside else grid
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is nan or infinite."""
+    # One pass tells, unless a sum of finite numbers overflows.
+    if not x.is_complex() and math.isfinite(x.sum().item()):
+        return True
+    return bool(torch.isfinite(x).all())
+
+
+@functools.lru_cache(maxsize=64)
+def known_grid(times: tuple[float, ...], dtype: torch.dtype, step_size: float) -> list[float]:
+    """`step_grid` of times in that dtype. Not to be changed."""
+    return step_grid(torch.tensor(times, dtype=dtype), step_size)
 
 
 def step_grid(t: Tensor, step_size: float) -> list[float]:
@@ -411,9 +425,8 @@ def _check_state(y0: State) -> tuple[Layout | None, Tensor]:
             raise InvalidArgument(f"odeint: y0 lies on {parts[0].device} and {part.device}")
     layout = None if isinstance(y0, Tensor) else Layout(parts)
     state = layout.pack(parts) if layout else parts[0]
-    finite = torch.isfinite(state.detach())
-    if not finite.all():
-        bad = (~finite).sum().item()
+    if not all_finite(state.detach()):
+        bad = (~torch.isfinite(state.detach())).sum().item()
         kind = "nan" if torch.isnan(state.detach()).any() else "inf"
         raise NonFiniteState(
             f"non-finite values in state y0: {kind} among {bad} of {state.numel()} entries before "

@@ -15,6 +15,7 @@ from anode_fast.problem import (
     IMPLICIT,
     SCIPY,
     Problem,
+    all_finite,
 )
 from anode_fast.reference.adams import AdamsRecipe
 from anode_fast.reference.dense import DenseSolution, solution_at
@@ -179,9 +180,10 @@ def _check_finite(problem: Problem, solution: Tensor) -> None:
 
     Not called on a GPU, where it would be the only synchronisation of a fixed-step solve.
     """
+    if all_finite(solution.detach()):
+        return
     finite = torch.isfinite(solution.detach()).unsqueeze(-1).flatten(1).all(1)
-    if not finite.all():
-        raise problem.non_finite_output(int((~finite).nonzero()[0]))
+    raise problem.non_finite_output(int((~finite).nonzero()[0]))
 
 
 __all__ = [

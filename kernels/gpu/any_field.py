@@ -28,6 +28,9 @@ from anode_fast.kernels.interface import FIXED, SUCCESS, Method
 ROUNDS_BEFORE_GRAPH = 8
 """Rounds of a solve that are queued launch by launch; capturing one costs about as much."""
 
+REJECTIONS_BEFORE_DOUBT = 64
+"""Attempts rejected in a solve after which the field may be none: not deterministic."""
+
 TILE = 1024
 """Entries of the state that a program has."""
 
@@ -133,6 +136,7 @@ class Solve(host.Solver):
         keep: bool = False,
         f0: Tensor | None = None,
         may_capture: MayCapture | None = None,
+        doubt: Callable[[], None] | None = None,
     ) -> tuple[Tensor, host.Result, Checkpoints | None]:
         """Solves. Call it under no_grad.
 
@@ -146,6 +150,7 @@ class Solve(host.Solver):
             f0: The derivative at the start, if it is known.
             may_capture: Runs a function that queues a round for capture, and tells whether the
                 graph may be used; None: never capture.
+            doubt: Called once `REJECTIONS_BEFORE_DOUBT` attempts were rejected. May raise.
 
         Returns:
             The solution [times, *state], counts and outcome, and the checkpoints, None if not asked
@@ -154,7 +159,7 @@ class Solve(host.Solver):
         with host.on(y0.device):
             run = _Run(self, evaluate, y0, tuple(times), tuple(grid), keep, may_capture)
             try:
-                result = run.fixed(f0) if self.control == FIXED else run.adaptive(f0)
+                result = run.fixed(f0) if self.control == FIXED else run.adaptive(f0, doubt)
             finally:
                 run.end()
             kept = run.checkpoints(result) if keep and result.status == SUCCESS else None
@@ -335,7 +340,7 @@ class _Run:
             next(rounds)
         return host.Result(nfe=evaluations, accepted=len(self.plan), launches=self.launches)
 
-    def adaptive(self, f0: Tensor | None) -> host.Result:
+    def adaptive(self, f0: Tensor | None, doubt: Callable[[], None] | None) -> host.Result:
         """Takes steps until the last output time is reached, or fails."""
         last = range(self.S - 1, self.S)
         self._round(last, f0)
@@ -345,8 +350,11 @@ class _Run:
         which = range(1, self.S)
         rounds = self._rounds(which)
         while True:
-            status = looks.status()
+            status = looks.status
             if status == host.RUNNING:
+                if doubt and looks.rejected >= REJECTIONS_BEFORE_DOUBT:
+                    doubt()
+                    doubt = None
                 next(rounds)
                 looks.take()
             elif status == host.FULL:
@@ -447,6 +455,9 @@ class _Looks:
 
     Args:
         control: Of the solve.
+
+    Attributes:
+        status, rejected: After the last round that was looked at.
     """
 
     def __init__(self, control: Tensor) -> None:
@@ -454,30 +465,30 @@ class _Looks:
         self._is_late = control.is_cuda
         self._taken: list[tuple[Tensor, Any]] = []
         self._free = [self._room(), self._room()] if self._is_late else []
-        self._status = int(host.RUNNING)
+        self.status, self.rejected = int(host.RUNNING), 0
         if not self._is_late:
             self.take()
 
     def _room(self) -> Tensor:
-        return torch.empty(1, dtype=torch.float64, pin_memory=True)
+        return torch.empty(host.CONTROL, dtype=torch.float64, pin_memory=True)
 
     def take(self) -> None:
         """Asks how the rounds queued so far will have ended; waits for the look before."""
-        status = self._control[host.STATUS : host.STATUS + 1]
         if not self._is_late:
-            self._status = int(status.item()) - 1
+            self._read(self._control)
             return
         room = self._free.pop()
-        room.copy_(status, non_blocking=True)
+        room.copy_(self._control, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._taken.append((room, event))
         if len(self._taken) > 1:
             room, event = self._taken.pop(0)
             event.synchronize()
-            self._status = int(room.item()) - 1
+            self._read(room)
             self._free.append(room)
 
-    def status(self) -> int:
-        """Of the last round that was looked at."""
-        return self._status
+    def _read(self, control: Tensor) -> None:
+        found = control.tolist()
+        self.status = int(found[host.STATUS]) - 1
+        self.rejected = int(found[controller.REJECTED.value])

@@ -237,8 +237,9 @@ def test_what_the_reference_has_to_do(change, reason, device):
         assert "backend: reference" in explain(field, y0, t, **arguments)
 
 
-def test_a_noisy_field_is_told(device):
+def test_a_noisy_field_is_told(device, monkeypatch):
     """Which no step size helps."""
+    monkeypatch.setattr(any_field, "REJECTIONS_BEFORE_DOUBT", 8)
 
     def field(t, y):
         return y + torch.randn_like(y)
@@ -345,9 +346,9 @@ def test_counters_that_calls_do_not_advance_alike_are_left_alone(device):
 def test_the_host_looks_a_round_late_on_a_gpu_only(device):
     control = torch.zeros(host.CONTROL, dtype=f64, device=device)
     looks = any_field._Looks(control)
-    assert looks.status() == host.RUNNING
+    assert looks.status == host.RUNNING
     control[host.STATUS] = 1.0
     looks.take()
-    assert looks.status() == (host.RUNNING if control.is_cuda else 0)
+    assert looks.status == (host.RUNNING if control.is_cuda else 0)
     looks.take()
-    assert looks.status() == 0
+    assert looks.status == 0
