@@ -7,6 +7,7 @@ and what a module counts is set right.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,9 @@ def _look_at(problem: Problem, solution: Tensor) -> None:
 
 # --- the field ------------------------------------------------------------------------------------
 
+FIRST = 2
+"""Evaluations that show whether the field keeps its arguments; if it does, each gets its own."""
+
 _not_captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Fields of which a capture failed."""
 
@@ -164,6 +168,7 @@ class _Counters:
         self._before = self._counts()
         self._nfe = self._field.nfe
         self.calls = 0
+        self._keeps = False
 
     @property
     def can_be_captured(self) -> bool:
@@ -176,20 +181,29 @@ class _Counters:
         )
 
     def evaluate(self, t: Tensor, y: Tensor) -> Tensor:
-        """dy/dt in solver time; t is the user's."""
+        """dy/dt in solver time; t is the user's. Both lie in memory that is written to later."""
         self.calls += 1
-        return self._field.at(t, y)
+        if not self._keeps and self.calls > FIRST:
+            return self._field.at(t, y)
+        t, y = t.clone(), y.clone()
+        before = _holders(t), _holders(y)
+        value = self._field.at(t, y)
+        self._keeps = self._keeps or (_holders(t), _holders(y)) != before
+        return value
 
     def may_capture(self, capture: Callable[[], None]) -> bool:
         """Captures a round; whether the graph does all that the field's own code does."""
-        calls, before = self.calls, self._counts()
+        if self._keeps:
+            return False
+        calls, before, others = self.calls, self._counts(), self._others()
         try:
             capture()
         except (RuntimeError, ValueError):  # it waits for the device, or depends on values
             torch.cuda.synchronize()
             fits = False
         else:
-            fits = _advances(before, self._counts(), self.calls - calls) is not None
+            advances = _advances(before, self._counts(), self.calls - calls)
+            fits = advances is not None and others == self._others()
         # Nothing of the round has run.
         self._set(before)
         self.calls = calls
@@ -220,11 +234,27 @@ class _Counters:
             if type(value) is int
         }
 
+    def _others(self) -> list[tuple[int, int]]:
+        """What would show that the field keeps something else: its attributes, and their sizes."""
+        if self._module is None:
+            return []
+        return [
+            (id(value), len(value) if isinstance(value, list | dict | set) else 0)
+            for module in self._module.modules()
+            for value in vars(module).values()
+            if type(value) is not int
+        ]
+
     @staticmethod
     def _set(counts: dict[tuple[nn.Module, str], int]) -> None:
         for (module, name), value in counts.items():
             if getattr(module, name) != value:
                 setattr(module, name, value)
+
+
+def _holders(x: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and how many its memory."""
+    return sys.getrefcount(x), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def _advances(

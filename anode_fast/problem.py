@@ -244,7 +244,9 @@ class Problem:
         constructor: Callable[..., Tensor] | None = self.options.get("grid_constructor")
         first, last = (self.shifts[0], self.shifts[-1]) if self.shifts else (None, None)
         if step_size is not None:
-            grid = known_grid(tuple(self.times), self.t.dtype, step_size)
+            is_short = self.times[-1] - self.times[0] < 10_000 * step_size
+            make = known_grid if is_short else known_grid.__wrapped__
+            grid = make(tuple(self.times), self.t.dtype, step_size)
         elif constructor is not None:
             state = self.layout.unpack(self.y0) if self.layout else self.y0
             # As torchdiffeq does it, the constructor sees the user's own time.
