@@ -21,10 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from anode_fast.distributed import SharedNorm
-from anode_fast.problem import ADAPTIVE, FAMILIES, Problem, make_problem, mixed_norm, rms_norm
+from anode_fast.problem import (
+    ADAPTIVE,
+    FAMILIES,
+    FIXED,
+    Problem,
+    make_problem,
+    mixed_norm,
+    rms_norm,
+)
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import QUARTIC
-from anode_fast.vector_field import HERE, NEXT, PREV, VectorField
+from anode_fast.vector_field import HERE, NEXT, PREV, Layout, VectorField
 
 MOST_DIRECT_OUTPUTS = 3
 """Output times inside one forward step up to which the backward solve stops at each of them."""
@@ -516,6 +524,30 @@ class _AugmentedField:
         ]
         return (parts[0], value if wants_graph else value.detach(), *parts[1:])
 
+    def of_flat(self, layout: Layout) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same for a flat state, of which it takes out what it needs. Without a graph."""
+        shape, n = layout.shapes[1], layout.sizes[1]
+        zeros: list[Tensor] = []
+
+        def evaluate(t: Tensor, state: Tensor) -> Tensor:
+            if not zeros:
+                zeros.extend(state.new_zeros(size) for size in layout.sizes)
+            y, adj_y = (state[i : i + n].view(shape) for i in (1, 1 + n))
+            with torch.enable_grad():
+                y = y.detach().requires_grad_()
+                t = t.detach().requires_grad_()
+                value = self.field(t, y)
+                by_t, *by_others = _grad([value], [t, y, *self.params], [-adj_y])
+            parts = [by_t, value.detach(), *by_others]
+            return torch.cat(
+                [
+                    zero if part is None else part.reshape(-1)
+                    for part, zero in zip(parts, zeros, strict=True)
+                ]
+            )
+
+        return evaluate
+
 
 class _AdjointNorm:
     """torchdiffeq's norm of the augmented state, or its seminorm, without the parameters.
@@ -718,6 +750,8 @@ def _solve_back(
     backward.field.noise = call.problem.field.noise
     if backward.y0.dtype == call.problem.y0.dtype:
         backward.arithmetic = call.problem.arithmetic
+    if backward.family in (ADAPTIVE, FIXED) and backward.layout and backward.layout.is_uniform:
+        backward.field.flatten(augmented.of_flat(backward.layout))
     if backward.family == ADAPTIVE:
         # One solve in pieces: it goes on with the step it has, and ends exactly on each stop.
         if suggested is not None:

@@ -7,6 +7,7 @@ and what a module counts is set right.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from anode_fast import fused, reference
 from anode_fast.kernels import gpu
 from anode_fast.problem import ADAPTIVE, FIXED, Problem, rms_norm
-from anode_fast.reference.runge_kutta import AdaptiveRecipe
+from anode_fast.reference.runge_kutta import AdaptiveRecipe, check_deterministic
 from anode_fast.reference.step import Interval, Recipe, Step
 from anode_fast.stats import SolveStats, Status
 from anode_fast.tableau import TABLEAUS
@@ -37,6 +38,8 @@ def why_not(problem: Problem) -> str:
         return "the state is a tuple"
     if y0.dtype not in (torch.float32, torch.float64) or problem.state_dtype != y0.dtype:
         return f"the state is {problem.state_dtype}, want float32 or float64"
+    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
     if type(y0) not in (Tensor, nn.Parameter) or y0.numel() >= 2**31:
         return "the state is no plain tensor of less than 2**31 entries"
     if len(problem.times) == 1:
@@ -102,6 +105,7 @@ def solve(
         keep=watch is not None,
         f0=f0,
         may_capture=counters.may_capture if counters.can_be_captured else None,
+        doubt=counters.check_deterministic,
     )
     counters.settle(result.nfe - (f0 is not None))
     stats.nfe, stats.accepted, stats.rejected = result.nfe, result.accepted, result.rejected
@@ -110,6 +114,8 @@ def solve(
         _look_at(problem, solution)
     if result.status:
         stats.status = Status(min(result.status, Status.NON_FINITE))
+        if stats.status == Status.UNDERFLOW:
+            check_deterministic(problem.field, result.t, result.last[0])
         raise fused.failure(problem, False, result, solution)
     if watch is not None:
         for step in _steps(problem, kept):
@@ -142,6 +148,9 @@ def _look_at(problem: Problem, solution: Tensor) -> None:
 
 # --- the field ------------------------------------------------------------------------------------
 
+FIRST = 2
+"""Evaluations that show whether the field keeps its arguments; if it does, each gets its own."""
+
 _not_captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Fields of which a capture failed."""
 
@@ -154,11 +163,12 @@ class _Counters:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._field, func = problem.field, problem.original
+        self._problem, self._field, func = problem, problem.field, problem.original
         self._module = func if isinstance(func, nn.Module) else None
         self._before = self._counts()
         self._nfe = self._field.nfe
         self.calls = 0
+        self._keeps = False
 
     @property
     def can_be_captured(self) -> bool:
@@ -171,20 +181,29 @@ class _Counters:
         )
 
     def evaluate(self, t: Tensor, y: Tensor) -> Tensor:
-        """dy/dt in solver time; t is the user's."""
+        """dy/dt in solver time; t is the user's. Both lie in memory that is written to later."""
         self.calls += 1
-        return self._field.at(t, y)
+        if not self._keeps and self.calls > FIRST:
+            return self._field.at(t, y)
+        t, y = t.clone(), y.clone()
+        before = _holders(t), _holders(y)
+        value = self._field.at(t, y)
+        self._keeps = self._keeps or (_holders(t), _holders(y)) != before
+        return value
 
     def may_capture(self, capture: Callable[[], None]) -> bool:
         """Captures a round; whether the graph does all that the field's own code does."""
-        calls, before = self.calls, self._counts()
+        if self._keeps:
+            return False
+        calls, before, others = self.calls, self._counts(), self._others()
         try:
             capture()
         except (RuntimeError, ValueError):  # it waits for the device, or depends on values
             torch.cuda.synchronize()
             fits = False
         else:
-            fits = _advances(before, self._counts(), self.calls - calls) is not None
+            advances = _advances(before, self._counts(), self.calls - calls)
+            fits = advances is not None and others == self._others()
         # Nothing of the round has run.
         self._set(before)
         self.calls = calls
@@ -200,6 +219,11 @@ class _Counters:
             module, name = key
             setattr(module, name, self._before[key] + advance * evaluations)
 
+    def check_deterministic(self) -> None:
+        """Raises if two evaluations of the field, at the start, differ."""
+        self.calls += 2
+        check_deterministic(self._field, self._problem.times[0], self._problem.y0)
+
     def _counts(self) -> dict[tuple[nn.Module, str], int]:
         if self._module is None:
             return {}
@@ -210,11 +234,27 @@ class _Counters:
             if type(value) is int
         }
 
+    def _others(self) -> list[tuple[int, int]]:
+        """What would show that the field keeps something else: its attributes, and their sizes."""
+        if self._module is None:
+            return []
+        return [
+            (id(value), len(value) if isinstance(value, list | dict | set) else 0)
+            for module in self._module.modules()
+            for value in vars(module).values()
+            if type(value) is not int
+        ]
+
     @staticmethod
     def _set(counts: dict[tuple[nn.Module, str], int]) -> None:
         for (module, name), value in counts.items():
             if getattr(module, name) != value:
                 setattr(module, name, value)
+
+
+def _holders(x: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and how many its memory."""
+    return sys.getrefcount(x), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def _advances(

@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import math
 import sys
@@ -261,8 +262,9 @@ class Problem:
         constructor: Callable[..., Tensor] | None = self.options.get("grid_constructor")
         first, last = (self.shifts[0], self.shifts[-1]) if self.shifts else (None, None)
         if step_size is not None:
-            t = self.t.detach().cpu()
-            grid = step_grid(-t if self.backwards else t, step_size)
+            is_short = self.times[-1] - self.times[0] < 10_000 * step_size
+            make = known_grid if is_short else known_grid.__wrapped__
+            grid = make(tuple(self.times), self.t.dtype, step_size)
         elif constructor is not None:
             state = self.layout.unpack(self.y0) if self.layout else self.y0
             # As torchdiffeq does it, the constructor sees the user's own time.
@@ -307,6 +309,20 @@ class Problem:
         known = {t for t, _ in grid}
         inside = [(t, None) for t in jumps if grid[0][0] < t < grid[-1][0] and t not in known]
         return sorted([*grid, *inside], key=lambda point: point[0]) if inside else grid
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is nan or infinite."""
+    # One pass tells, unless a sum of finite numbers overflows.
+    if not x.is_complex() and math.isfinite(x.sum().item()):
+        return True
+    return bool(torch.isfinite(x).all())
+
+
+@functools.lru_cache(maxsize=64)
+def known_grid(times: tuple[float, ...], dtype: torch.dtype, step_size: float) -> list[float]:
+    """`step_grid` of times in that dtype. Not to be changed."""
+    return step_grid(torch.tensor(times, dtype=dtype), step_size)
 
 
 def step_grid(t: Tensor, step_size: float) -> list[float]:
@@ -437,8 +453,8 @@ def _check_state(y0: State, is_finite: bool) -> tuple[Layout | None, Tensor]:
     layout = None if isinstance(y0, Tensor) else Layout(parts)
     state = layout.pack(parts) if layout else parts[0]
     values = underlying(state.detach())
-    finite = torch.isfinite(values)
-    if is_finite and not finite.all():
+    if is_finite and not all_finite(values):
+        finite = torch.isfinite(values)
         bad = (~finite).sum().item()
         kind = "nan" if torch.isnan(values).any() else "inf"
         raise NonFiniteState(

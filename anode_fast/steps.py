@@ -221,7 +221,7 @@ class _Combined(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or type(grad) is not Tensor
-            or torch._C._functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched
+            or fused.is_batched(grad)
             or fused.transform()
             or not grad.is_contiguous()
             or grad.is_neg()

@@ -28,6 +28,9 @@ class Layout:
     Args:
         parts: The tuple. Parts of different dtypes share their promoted dtype in the flat tensor;
             if only some are complex, those are stored as pairs of reals.
+
+    Attributes:
+        is_uniform: Whether all parts have the flat tensor's dtype.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -40,7 +43,7 @@ class Layout:
             self.dtype = torch.promote_types(self.dtype, dtype)
         if self._as_pairs:
             self.dtype = self.dtype.to_real()
-        self._is_uniform = all(dtype is self.dtype for dtype in self.dtypes)
+        self.is_uniform = all(dtype is self.dtype for dtype in self.dtypes)
         self.sizes = [
             shape.numel() * (2 if self._as_pairs and is_complex else 1)
             for shape, is_complex in zip(self.shapes, complex_parts, strict=True)
@@ -48,7 +51,7 @@ class Layout:
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """The parts one after the other, [sum of sizes]."""
-        if self._is_uniform:
+        if self.is_uniform:
             return torch.cat([part if part.dim() == 1 else part.reshape(-1) for part in parts])
         flat = []
         for part in parts:
@@ -61,14 +64,14 @@ class Layout:
 
     def fits(self, parts: Sequence[Any]) -> bool:
         """Whether these are tensors like the parts, and all of one dtype."""
-        return self._is_uniform and all(
+        return self.is_uniform and all(
             type(part) is Tensor and part.dtype is self.dtype and part.shape == shape
             for part, shape in zip(parts, self.shapes, strict=True)
         )
 
     def unpack(self, flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         """The parts of `flat`, [*lead, sum of sizes], each [*lead, *its shape]."""
-        if self._is_uniform and not lead and flat.dtype is self.dtype:
+        if self.is_uniform and not lead and flat.dtype is self.dtype:
             pieces = flat.split_with_sizes(self.sizes)
             return tuple(
                 piece if len(shape) == 1 else piece.view(shape)
@@ -195,6 +198,10 @@ class VectorField:
             self._casts or self._writes_input or self._reuses_output or self._needs_grad
         )
         return -checked if self.backwards else checked
+
+    def flatten(self, func: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Evaluates this function, of the flat state, instead of the one of a tuple."""
+        self.func, self.layout = func, None
 
     def user_time(self, t: float) -> float:
         """The user's time at solver time t."""

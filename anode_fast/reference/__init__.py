@@ -15,6 +15,7 @@ from anode_fast.problem import (
     IMPLICIT,
     SCIPY,
     Problem,
+    all_finite,
     underlying,
 )
 from anode_fast.reference.adams import AdamsRecipe
@@ -180,9 +181,11 @@ def _check_finite(problem: Problem, solution: Tensor) -> None:
 
     Not called on a GPU, where it would be the only synchronisation of a fixed-step solve.
     """
-    finite = underlying(torch.isfinite(solution.detach()).unsqueeze(-1).flatten(1).all(1))
-    if not finite.all():
-        raise problem.non_finite_output(int((~finite).nonzero()[0][-1]))
+    values = underlying(solution.detach())
+    if all_finite(values):
+        return
+    finite = torch.isfinite(values.unsqueeze(-1).flatten(1)).all(1)
+    raise problem.non_finite_output(int((~finite).nonzero()[0][-1]))
 
 
 __all__ = [

@@ -378,7 +378,7 @@ def adaptive_steps(
             noisy = refused_in_a_row == REJECTIONS_BEFORE_DOUBT or stats.rejected == 64
             if noisy and not doubted and math.isfinite(ratio) and not problem.shared:
                 doubted = True
-                _check_deterministic(field, t0, y)
+                check_deterministic(field, t0, y)
 
 
 def _rounding(dtype: torch.dtype, state_dtype: torch.dtype) -> Callable[[float], float]:
@@ -387,7 +387,7 @@ def _rounding(dtype: torch.dtype, state_dtype: torch.dtype) -> Callable[[float],
     return lambda t: float(np.float32(t))
 
 
-def _check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
+def check_deterministic(field: VectorField, t: float, y: Tensor) -> None:
     """Two evaluations more, made only when many steps were refused."""
     with torch.no_grad():
         first, second = underlying(field(t, y)), underlying(field(t, y))

@@ -358,7 +358,8 @@ class _Lowering:
         padding = -width % PADDING if i in factors else 0
         if padding:
             zeros.append((offset + width, padding))
-        return width + padding
+        rows: int = width + padding
+        return rows
 
     def _lane(self, parameter: int, number: float, count: int) -> int:
         """First vector of a constant."""
@@ -458,7 +459,8 @@ class _Lowering:
 
     def _loop_width(self, i: int) -> int:
         x = self.nodes[i]
-        return self.widths[x.inputs[0]] if x.op == "total" else x.width
+        width: int = self.widths[x.inputs[0]] if x.op == "total" else x.width
+        return width
 
     def _divide_into_groups(self, real: Sequence[int]) -> list[list[int]]:
         groups, done, remaining = [], set(), list(real)

@@ -6,11 +6,13 @@ that reads what the field returned. A round is one attempt: `begin`, for each st
 device: it looks at how a round ended after it has queued the next one, which does nothing if there
 is nothing left to do, apart from the field, whose values are then ignored. Fixed steps never wait.
 
-After `ROUNDS_BEFORE_GRAPH` rounds one is captured in a CUDA graph, if it may be, and replayed.
+After `ROUNDS_BEFORE_GRAPH` rounds one is captured in a CUDA graph, if it may be, and replayed. A
+graph lives as long as a solve: what a field's own Python code does is settled in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from anode_fast.kernels.interface import FIXED, SUCCESS, Method
 ROUNDS_BEFORE_GRAPH = 8
 """Rounds of a solve that are queued launch by launch; capturing one costs about as much."""
 
+REJECTIONS_BEFORE_DOUBT = 64
+"""Attempts rejected in a solve after which the field may be none: not deterministic."""
+
 TILE = 1024
 """Entries of the state that a program has."""
 
@@ -33,6 +38,7 @@ ALIGNED = 16
 """Bytes that Triton takes an address to be a multiple of, once it was."""
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]
+MayCapture = Callable[[Callable[[], None]], bool]
 
 
 @dataclass
@@ -69,6 +75,7 @@ class _Launch:
         self._grid = (programs, 1, 1)
         self._arguments = arguments
         self._compiled: Any = None
+        self._runner: Any = None
         self._values: list[Any] = []
         self._place = -1
 
@@ -84,7 +91,7 @@ class _Launch:
             return
         if value is not None:
             self._values[self._place] = (value,)
-        self._compiled[self._grid](*self._values)
+        self._runner(*self._values)
 
     def _compile(self) -> None:
         """The first launch. Spares Triton to look at all arguments if it has seen their like."""
@@ -101,6 +108,7 @@ class _Launch:
         else:
             launched = False
         if self._compiled:
+            self._runner = self._compiled[self._grid]
             names = self._kernel.arg_names
             self._values = [self._arguments[name] for name in names]
             self._place = names.index("weights") if "weights" in names else -1
@@ -127,7 +135,8 @@ class Solve(host.Solver):
         grid: Sequence[float] = (),
         keep: bool = False,
         f0: Tensor | None = None,
-        may_capture: Callable[[Callable[[], None]], bool] | None = None,
+        may_capture: MayCapture | None = None,
+        doubt: Callable[[], None] | None = None,
     ) -> tuple[Tensor, host.Result, Checkpoints | None]:
         """Solves. Call it under no_grad.
 
@@ -141,6 +150,7 @@ class Solve(host.Solver):
             f0: The derivative at the start, if it is known.
             may_capture: Runs a function that queues a round for capture, and tells whether the
                 graph may be used; None: never capture.
+            doubt: Called once `REJECTIONS_BEFORE_DOUBT` attempts were rejected. May raise.
 
         Returns:
             The solution [times, *state], counts and outcome, and the checkpoints, None if not asked
@@ -148,7 +158,10 @@ class Solve(host.Solver):
         """
         with host.on(y0.device):
             run = _Run(self, evaluate, y0, tuple(times), tuple(grid), keep, may_capture)
-            result = run.fixed(f0) if self.control == FIXED else run.adaptive(f0)
+            try:
+                result = run.fixed(f0) if self.control == FIXED else run.adaptive(f0, doubt)
+            finally:
+                run.end()
             kept = run.checkpoints(result) if keep and result.status == SUCCESS else None
         return run.out.view(len(times), *y0.shape), result, kept
 
@@ -187,7 +200,7 @@ class _Run:
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
-        may_capture: Callable[[Callable[[], None]], bool] | None,
+        may_capture: MayCapture | None,
     ) -> None:
         self.solve, self.evaluate, self.keep = solve, evaluate, keep
         self._may_capture = may_capture if y0.is_cuda and not host.is_captured(y0.device) else None
@@ -268,8 +281,8 @@ class _Run:
         done = 0
         while True:
             if done == ROUNDS_BEFORE_GRAPH and self._may_capture:
-                self._capture(which)
-            if self._graph is None:
+                self._try_graph(which, self._may_capture)
+            elif self._graph is None:
                 self._round(which)
             else:
                 self._graph.replay()
@@ -277,20 +290,36 @@ class _Run:
             done += 1
             yield
 
-    def _capture(self, which: Sequence[int]) -> None:
-        """Captures a round, unless that fails or is refused. Nothing of it runs."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.y0.device)
-        launches, may_capture = self.launches, self._may_capture
+    def _try_graph(self, which: Sequence[int], may_capture: MayCapture) -> None:
+        """Queues a round, and captures one for the next times if nothing speaks against it."""
         self._may_capture = None
-        if may_capture is None:
+        if not self._waits_for_nothing(which):
+            may_capture(_refused)
             return
-
-        def capture() -> None:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._round(which)
-
-        self._graph = graph if may_capture(capture) else None
+        launches, graph = self.launches, torch.cuda.CUDAGraph()
+        if may_capture(functools.partial(_capture, graph, self.y0.device, self._round, which)):
+            self._graph = graph
         self.launches = launches
+
+    def _waits_for_nothing(self, which: Sequence[int]) -> bool:
+        """Queues a round; whether the field never made the host wait for the device."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._round(which)
+        except RuntimeError:
+            torch.cuda.set_sync_debug_mode(before)
+            self._round(which)  # from its beginning: until `finish` a round only overwrites
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return True
+
+    def end(self) -> None:
+        """Gives up the graph, which may still have to run."""
+        if self._graph is not None:
+            _retire(self._graph)
+            self._graph = None
 
     def fixed(self, f0: Tensor | None) -> host.Result:
         """Takes all fixed steps."""
@@ -305,12 +334,13 @@ class _Run:
                 f0 = None
                 continue
             if which != before:
-                self._graph, before = None, which
+                self.end()
+                before = which
                 rounds = self._rounds(which)
             next(rounds)
         return host.Result(nfe=evaluations, accepted=len(self.plan), launches=self.launches)
 
-    def adaptive(self, f0: Tensor | None) -> host.Result:
+    def adaptive(self, f0: Tensor | None, doubt: Callable[[], None] | None) -> host.Result:
         """Takes steps until the last output time is reached, or fails."""
         last = range(self.S - 1, self.S)
         self._round(last, f0)
@@ -320,8 +350,11 @@ class _Run:
         which = range(1, self.S)
         rounds = self._rounds(which)
         while True:
-            status = looks.status()
+            status = looks.status
             if status == host.RUNNING:
+                if doubt and looks.rejected >= REJECTIONS_BEFORE_DOUBT:
+                    doubt()
+                    doubt = None
                 next(rounds)
                 looks.take()
             elif status == host.FULL:
@@ -339,7 +372,7 @@ class _Run:
         self.steps = host.grown(self.steps, self.capacity)
         status = self.control[host.STATUS]
         status.masked_fill_(status == controller.FULL.value, controller.RUNNING.value)
-        self._graph = None
+        self.end()
         self._bind()
 
     def _result(self) -> host.Result:
@@ -373,11 +406,58 @@ class _Run:
         return Checkpoints(states[:count], ends, has_slope, (y, f))
 
 
+# --- graphs ---------------------------------------------------------------------------------------
+
+_retired: list[tuple[Any, torch.cuda.CUDAGraph]] = []
+"""Graphs that nobody wants any more, each with an event after its last run."""
+
+
+def _retire(graph: torch.cuda.CUDAGraph) -> None:
+    """Keeps a graph until it has run for the last time."""
+    _retired[:] = [(event, old) for event, old in _retired if not event.query()]
+    event = torch.cuda.Event()
+    event.record()
+    _retired.append((event, graph))
+
+
+def _refused() -> None:
+    """What is captured of a field that waits for the device."""
+    raise RuntimeError("the field waits for the device")
+
+
+def _capture(
+    graph: torch.cuda.CUDAGraph,
+    device: torch.device,
+    queue: Callable[[Sequence[int]], None],
+    which: Sequence[int],
+) -> None:
+    """Captures a round. Nothing of it runs. Raises what stands in the way."""
+    # Not by torch.cuda.graph, which collects garbage and empties the allocator's cache first.
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            queue(which)
+            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            with contextlib.suppress(RuntimeError):  # which a failed end of a capture leaves out
+                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            raise
+
+
+# --- looks ----------------------------------------------------------------------------------------
+
+
 class _Looks:
     """The host's looks at how rounds ended, each a round late on a GPU.
 
     Args:
         control: Of the solve.
+
+    Attributes:
+        status, rejected: After the last round that was looked at.
     """
 
     def __init__(self, control: Tensor) -> None:
@@ -385,30 +465,30 @@ class _Looks:
         self._is_late = control.is_cuda
         self._taken: list[tuple[Tensor, Any]] = []
         self._free = [self._room(), self._room()] if self._is_late else []
-        self._status = int(host.RUNNING)
+        self.status, self.rejected = int(host.RUNNING), 0
         if not self._is_late:
             self.take()
 
     def _room(self) -> Tensor:
-        return torch.empty(1, dtype=torch.float64, pin_memory=True)
+        return torch.empty(host.CONTROL, dtype=torch.float64, pin_memory=True)
 
     def take(self) -> None:
         """Asks how the rounds queued so far will have ended; waits for the look before."""
-        status = self._control[host.STATUS : host.STATUS + 1]
         if not self._is_late:
-            self._status = int(status.item()) - 1
+            self._read(self._control)
             return
         room = self._free.pop()
-        room.copy_(status, non_blocking=True)
+        room.copy_(self._control, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._taken.append((room, event))
         if len(self._taken) > 1:
             room, event = self._taken.pop(0)
             event.synchronize()
-            self._status = int(room.item()) - 1
+            self._read(room)
             self._free.append(room)
 
-    def status(self) -> int:
-        """Of the last round that was looked at."""
-        return self._status
+    def _read(self, control: Tensor) -> None:
+        found = control.tolist()
+        self.status = int(found[host.STATUS]) - 1
+        self.rejected = int(found[controller.REJECTED.value])

@@ -14,9 +14,9 @@ rows, on an architecture:
     shared     bytes of a program
     matrix     matrix instructions in the code; code: all instructions; kB: their size
     compile    seconds of a processor, ptxas included
-    bound      (not of programs) us that a step of one tile takes at least: its matrix products, made by one
-               multiprocessor at the peak of the GPU's data sheet. A step takes far longer: its
-               products wait for one another
+    bound      (not of programs) us that a step of one tile takes at least: its matrix products, by
+               one multiprocessor at the peak of the GPU's data sheet. A step takes far longer:
+               its products wait for one another
 
 With --check the exit status is 1 if a line exceeds its budget, and it is said what to do. --full
 compiles every entry of the launch table, and more activations, depths, widths and methods.

@@ -143,7 +143,7 @@ class Solve(host.Solver):
         _, settings = self._constants(x.device)
         values: Tensor = host.empty(x, (rows, self.dim))
         unit = 2**-11 if F.precision == "tf32" else torch.finfo(dtype).eps
-        first_stage.compare[(1,)](
+        arguments = dict(
             x=x,
             weights=tuple(parameters),
             settings=settings,
@@ -159,6 +159,8 @@ class Solve(host.Solver):
             **dict(B=config.rows, D=F.D),
             **config.options,
         )
+        known = self._known((x, expected, *parameters), "compare", F, config)
+        host.launch(known, first_stage.compare, (1,), arguments)
         return values
 
     def _is_rounding(

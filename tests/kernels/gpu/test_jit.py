@@ -72,7 +72,7 @@ def remembering(self, *args, grid, warmup, **kwargs):
 JITFunction.run = remembering
 
 from anode_fast import fused
-from anode_fast.kernels.gpu import by_stage, host, solve
+from anode_fast.kernels.gpu import any_field, by_stage, host, solve
 from anode_fast.kernels.interface import BATCH, FIXED, SAMPLE, ConvField, Field
 from anode_fast.kernels.program import Instruction, Program
 from anode_fast.tableau import DOPRI5, RK4
@@ -194,6 +194,54 @@ for kernel in names:
 before = {compiled for _, compiled, _ in launched}
 call_images(1, BATCH, 7)
 assert {compiled for _, compiled, _ in launched} == before
+
+
+# Fields that PyTorch evaluates.
+launched.clear()
+calls.clear()
+ANY = {name: value for name, value in OPTIONS.items() if name != "data_dim"}
+solves = {
+    control: any_field.Solve(METHODS[control], torch.float32, control=control, **ANY)
+    for control in (BATCH, FIXED)
+}
+
+
+class Enough(Exception):
+    pass
+
+
+def call_any(control, entries):
+    evaluations = []
+
+    def evaluate(t, y):
+        evaluations.append(t)
+        if len(evaluations) > 20:  # nothing runs, so the solve would never end
+            raise Enough
+        return -y
+
+    grid = tuple(i / 4 for i in range(5)) if control == FIXED else ()
+    try:
+        solves[control].forward(evaluate, torch.randn(entries), (0.0, 1.0), grid, keep=True)
+    except Enough:
+        pass
+
+
+for control in (BATCH, FIXED):
+    call_any(control, 3000)
+assert {name for name, _, _ in launched} == {
+    "combine.begin", "combine.stage", "combine.finish", "combine.tell_times",
+}
+assert all(has_code for _, _, has_code in launched)
+for kernel in {name for name, _, _ in launched}:
+    of_kernel = [(grid, args) for name, grid, args in calls if name == kernel]
+    assert len({len(args) for _, args in of_kernel}) == 1, kernel
+    assert len({grid for grid, _ in of_kernel}) == 1, kernel
+# In the next solve Triton looks at no arguments; other sizes compile nothing.
+before = len(launched)
+for control in (BATCH, FIXED):
+    call_any(control, 3000)
+    call_any(control, 70)
+assert len(launched) == before, launched[before:]
 print("ok")
 """
 

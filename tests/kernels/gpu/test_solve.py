@@ -408,10 +408,7 @@ NOT = {
     "width": (MLPField(7, 200), "layers of width 200, the GPU kernels take 128 at most"),
     "layers": (MLPField(7, 32, num_hidden=5), "5 hidden layers, the GPU kernels take 1 to 4"),
     "state": (MLPField(65, 32), "the state has width 65, the GPU kernels take 64 at most"),
-    "function": (
-        no_field,
-        "the field is a function no_field, and the kernels know MLPField and ConvField only",
-    ),
+    "function": (no_field, 'gradient="autograd" goes through the reference solver'),
     "continuous": (TOY, "norm includes the parameters; adjoint_options={'norm': 'seminorm'} would"),
 }
 
