@@ -27,7 +27,9 @@ def why_not(field: Any, y0: Tensor) -> str:
     """
     if absent := library.missing():
         return str(absent)
-    spec: ConvSpec = field.spec()
+    spec = field.spec()
+    if not isinstance(spec, ConvSpec):
+        return "the field is no convolutional one"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}, want float32 or float64"
     if y0.device.type != "cpu":

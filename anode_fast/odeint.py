@@ -296,7 +296,9 @@ def _frozen(options: Options | None) -> tuple[Any, ...] | None:
     """Options of simple values as a tuple; None if there are others."""
     if not options:
         return ()
-    if not all(type(value) in _SIMPLE for value in options.values()):
+    if not isinstance(options, Mapping) or not all(
+        type(value) in _SIMPLE for value in options.values()
+    ):
         return None
     return tuple(sorted(options.items()))
 
@@ -371,14 +373,19 @@ def _recognized(
         return None, "the state is not one plain tensor"
     if settings.backend == "reference" or settings.gradient == "autograd":
         return None, "it is not to be run by kernels"
-    if FAMILIES.get(settings.method or "dopri5") not in (FIXED, ADAPTIVE) or settings.event_fn:
-        return None, "the kernels know explicit Runge-Kutta methods without events only"
+    method = settings.method or "dopri5"
+    if not isinstance(method, str) or FAMILIES.get(method) not in (FIXED, ADAPTIVE):
+        return None, f"{method} is no explicit Runge-Kutta method"
+    if settings.event_fn:
+        return None, "it searches for an event"
     if x.dtype not in (torch.float32, torch.float64):
         return None, f"the state is {x.dtype}, want float32 or float64"
     if x.dim() < 1 or x.numel() == 0 or not callable(func):
         return None, "the state has no features"
     if why := fused.why_not_now(x.device.type):
         return None, why
+    if fused.has_callbacks(func):
+        return None, "the field has callbacks"
     if not isinstance(t, Tensor) or t.requires_grad or t.dim() != 1 or not len(t):
         return None, "a gradient with respect to t is wanted"
     found = recognize(func, float(t[0]), pad(x, columns))

@@ -162,7 +162,7 @@ def _fits(x: Instruction, given: list[int], shapes: list[tuple[int, ...]]) -> bo
         return len(given) == 1 and shapes in ([sizes], [sizes, (width,)])
     if x.op == "parameter":
         return given == [] and shapes in ([(width,)], *([[()]] if width == 1 else []))
-    start = int(x.number)
+    start = int(x.number) if x.op in ("slice", "place") else 0
     return {
         "constant": given == [] and width == 1,
         "slice": len(given) == 1 and 0 <= start <= start + width <= sum(given),

@@ -8,6 +8,8 @@ from torch import nn
 
 from anode_fast import odeint, odeint_dense
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 f64 = torch.float64
 # Out of order, with a repeated time and both ends.
 TIMES = [0.9, 0.0, 0.35, 1.5, 0.35, 0.7, 1.2]

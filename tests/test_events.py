@@ -12,6 +12,8 @@ from anode_fast.errors import EventNotFound
 from anode_fast.problem import DEFAULT_MAX_STEPS_TO_EVENT
 from anode_fast.reference import MAX_GRID_STEPS_TO_EVENT
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 F64 = torch.float64
 START = torch.tensor(0.0, dtype=F64)
 HEIGHT, SPEED, GRAVITY = 2.0, 1.5, 9.81

@@ -16,6 +16,8 @@ from anode_fast import MLPField, odeint, odeint_adjoint
 from anode_fast.problem import ADAPTIVE, FAMILIES, FIXED, IMPLICIT
 from anode_fast.tableau import TABLEAUS
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 F64 = torch.float64
 METHODS = {
     kind: [name for name, family in FAMILIES.items() if family == kind]

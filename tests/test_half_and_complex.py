@@ -9,6 +9,8 @@ from torch import nn
 from anode_fast import odeint, odeint_adjoint
 from anode_fast.errors import InvalidType
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 T = torch.tensor([0.0, 0.5, 1.0])
 RUNS = {
     "dopri5": (dict(rtol=1e-4, atol=1e-4), 0.0),

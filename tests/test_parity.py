@@ -27,6 +27,7 @@ GIVEN_STEPS = [n for n in METHODS if n not in STEPS_OF_ITS_OWN and n != "scipy_s
 f32, f64 = torch.float32, torch.float64
 
 pytestmark = [
+    pytest.mark.usefixtures("own_code"),
     pytest.mark.filterwarnings("ignore:.*without the option step_size"),
     pytest.mark.filterwarnings("ignore:.*[Ff]unctional iteration did not converge"),
 ]

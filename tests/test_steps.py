@@ -9,7 +9,10 @@ from anode_fast.kernels.cpu import library
 from anode_fast.problem import FAMILIES, FIXED, make_problem
 from anode_fast.tableau import TABLEAUS
 
-pytestmark = pytest.mark.skipif(bool(library.missing()), reason=f"no C++: {library.missing()}")
+pytestmark = [
+    pytest.mark.skipif(bool(library.missing()), reason=f"no C++: {library.missing()}"),
+    pytest.mark.usefixtures("own_code"),
+]
 
 f32, f64 = torch.float32, torch.float64
 METHODS = [name for name, tableau in TABLEAUS.items() if not tableau.implicit]
@@ -186,7 +189,7 @@ def test_the_graph_stays_valid_if_the_field_writes_the_time():
         {"min_step": 0.3, "max_step": 0.4},
         {"first_step": 0.01, "dtype": f32},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_options(options):
     got, wanted = both(odeint, Spiral(), state(), torch.tensor([0.0, 1.0]), options=options)

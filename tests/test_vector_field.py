@@ -13,6 +13,8 @@ from anode_fast import odeint, odeint_adjoint
 from anode_fast.errors import InvalidArgument
 from anode_fast.vector_field import HERE, NEXT, PREV, Layout, VectorField
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 RUNS = {
     "dopri5": dict(rtol=1e-9, atol=1e-9),

@@ -434,6 +434,7 @@ def _derivatives(
             [value],
             inputs,
             [cotangent.reshape(value.shape)],
+            retain_graph=True,  # of what the tensors were made of
             allow_unused=True,
             materialize_grads=True,
         )

@@ -15,6 +15,8 @@ from anode_fast.reference.adams import AdamsRecipe, adams_weights
 from anode_fast.reference.step import Interval
 from anode_fast.vector_field import VectorField
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 DOUBLE = torch.float64
 METHODS = ["explicit_adams", "implicit_adams", "fixed_adams"]
 NOT_CONVERGED = "unctional iteration did not converge"

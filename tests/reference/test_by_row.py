@@ -18,6 +18,8 @@ from anode_fast.errors import InvalidArgument
 from anode_fast.tableau import TABLEAUS
 from tests.helpers import assert_no_worse
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 f32, f64 = torch.float32, torch.float64
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 FREQUENCIES = torch.tensor([1.0, 20.0, 0.0, 5.0], dtype=f64)[:, None]

@@ -19,7 +19,10 @@ METHODS = [name for name, tableau in TABLEAUS.items() if tableau.implicit]
 STIFFLY_ACCURATE = ["implicit_euler", "radauIIA3", "radauIIA5", "sdirk2", "trbdf2"]
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*one single step")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*one single step"),
+    pytest.mark.usefixtures("own_code"),
+]
 
 
 @pytest.fixture(params=["dense", "matrix-free"])

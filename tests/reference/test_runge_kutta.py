@@ -21,6 +21,8 @@ from anode_fast.reference.runge_kutta import (
 from anode_fast.stats import SolveStats
 from anode_fast.tableau import DOPRI5, TABLEAUS
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 f64 = torch.float64
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 FIXED = [name for name, tableau in TABLEAUS.items() if not (tableau.adaptive or tableau.implicit)]

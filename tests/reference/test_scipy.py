@@ -10,6 +10,8 @@ import torch
 from anode_fast import odeint, odeint_adjoint
 from anode_fast.errors import NonFiniteState, SolverError
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 f64 = torch.float64
 SOLVERS = ["RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA"]
 EVERY_SOLVER = pytest.mark.parametrize("solver", SOLVERS)
