@@ -19,6 +19,7 @@ from anode_fast.kernels.gpu.launch import (  # noqa: E402
     PRECISIONS,
     TABLE,
     WIDTHS,
+    ConvLaunch,
     Launch,
     architecture,
     configuration,
@@ -139,6 +140,13 @@ def test_a_program_has_the_registers_it_may_take(warps):
     options = Launch(16, warps, 16, 16).options
     assert options["num_warps"] == warps
     assert options["maxnreg"] <= 255 and options["maxnreg"] * 32 * warps <= 65536
+
+
+@pytest.mark.parametrize(
+    "options", [Launch(64, 4, 16, 16).options, ConvLaunch(64, 4, 9, 1).options]
+)
+def test_matrix_instructions_are_those_that_all_gpus_have(options):
+    assert options["arch"] == "sm80"
 
 
 # --- limits ---------------------------------------------------------------------------------------
