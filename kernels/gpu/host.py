@@ -265,11 +265,16 @@ def capability(device: torch.device) -> int:
 
 
 @functools.cache
-def most_programs(device: torch.device) -> int:
-    """Programs of a gradient, each with sums of its own: two for each multiprocessor."""
+def most_programs(device: torch.device, warps: int) -> int:
+    """Programs of a gradient, each with sums of its own.
+
+    As many as the multiprocessors hold at once where each thread takes all registers that it may;
+    or twice as many as there are multiprocessors.
+    """
     if device.type != "cuda":
         return 4
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    count = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return max(2, 8 // warps) * count
 
 
 def spoil(failed: Tensor, *found: Tensor | None) -> None:
