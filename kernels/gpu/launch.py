@@ -127,11 +127,11 @@ TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]
     ("by_row", 64, "ieee"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
     ("by_row", 128, "ieee"): _entry((16, 4, 128, 32)),
     ("gradient", 16, "tf32x3"): _entry((16, 4, 16, 16)),
-    ("gradient", 32, "tf32x3"): _entry((16, 4, 32, 16)),
+    ("gradient", 32, "tf32x3"): _entry((16, 4, 32, 16), (16, 1, 16, 16)),
     ("gradient", 64, "tf32x3"): _entry((16, 4, 64, 32)),
     ("gradient", 128, "tf32x3"): _entry((16, 4, 64, 64)),
     ("gradient", 16, "tf32"): _entry((16, 4, 16, 16)),
-    ("gradient", 32, "tf32"): _entry((16, 4, 32, 16)),
+    ("gradient", 32, "tf32"): _entry((16, 4, 32, 16), (16, 1, 16, 16)),
     ("gradient", 64, "tf32"): _entry((16, 4, 64, 32)),
     ("gradient", 128, "tf32"): _entry((16, 4, 64, 64)),
     ("gradient", 16, "ieee"): _entry((16, 4, 16, 16)),
@@ -156,13 +156,14 @@ TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]
     ("adaptive", 16, "tf32", 100): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 8, 16, 16)),
     ("adaptive", 32, "tf32", 100): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 8, 32, 16)),
     ("by_row", 32, "tf32x3", 80): _entry((16, 4, 32, 16), (64, 8, 32, 16)),
-    ("gradient", 32, "tf32x3", 80): _entry((16, 4, 16, 16)),
+    ("gradient", 32, "tf32x3", 80): _entry((16, 4, 16, 16), (16, 1, 16, 16)),
     ("gradient", 64, "tf32x3", 80): _entry((16, 8, 32, 32)),
     ("gradient", 128, "tf32x3", 80): _entry((16, 8, 64, 32)),
 }
 # fmt: on
 """Launches of a kind of kernel, a padded hidden width, and a precision. The last one is for many
-rows. Where a key goes on with an architecture, that entry goes before the general one."""
+rows: of a gradient, whose tiles wait for memory, one that leaves room for more programs. Where a
+key goes on with an architecture, that entry goes before the general one."""
 
 
 MOST_CHANNELS, MOST_FILTERS = 64, 128
@@ -296,7 +297,7 @@ def _chosen(
     entry: tuple[Launch, ...], is_one_step_size: bool, rows: int, D: int, capability: int
 ) -> Launch:
     """Of an entry the launch for a batch."""
-    smallest, *larger = sorted(entry)
+    smallest, *larger = sorted(entry, key=lambda x: x.rows)
     fitting = [smallest, *(x for x in larger if x.rows * D <= MOST_NUMBERS)]
     holding = [x for x in fitting if x.rows >= rows]
     # The interpreter's programs run one after the other.
