@@ -409,6 +409,7 @@ class Report:
     spills: int = 0
     shared: int = 0
     matrix: int = 0
+    asynchronous: int = 0
     instructions: int = 0
     code_bytes: int = 0
     seconds: float = 0.0
@@ -423,6 +424,7 @@ def _seconds() -> float:
 
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+ASYNCHRONOUS = re.compile(r"[A-Z]GMMA|UTC[A-Z]*MMA")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 
@@ -438,6 +440,7 @@ def parsed(text: str) -> dict[str, int]:
         spill_bytes=int(found[2]),
         spills=opcodes["STL"] + opcodes["LDL"],
         matrix=sum(n for name, n in opcodes.items() if name.endswith("MMA")),
+        asynchronous=sum(n for name, n in opcodes.items() if ASYNCHRONOUS.fullmatch(name)),
         instructions=count,
         code_bytes=16 * count,
     )
@@ -471,8 +474,7 @@ def compiled(case: Case) -> tuple[Report, str]:
         noted = noted_launch(case)
         driver.set_active(_NotHere(case.arch))
         begin = _seconds()
-        with host.without_warpgroups():
-            kernel = noted.kernel.warmup(grid=noted.grid, **noted.arguments)
+        kernel = noted.kernel.warmup(grid=noted.grid, **noted.arguments)
         report.seconds = _seconds() - begin
         report.shared = kernel.metadata.shared
         report.warps = kernel.metadata.num_warps
@@ -622,6 +624,11 @@ def breaches(report: Report) -> list[str]:
     spilled = 0 if is_first and case.precision != "ieee" else MOST_SPILLED
     smaller = "give its entry in launch.py fewer rows or smaller blocks"
     found = []
+    if report.asynchronous:
+        found.append(
+            f"has {report.asynchronous} matrix instructions of Hopper's or Blackwell's own, budget "
+            "0: launch it with options of launch.py, whose INSTRUCTIONS says why"
+        )
     if report.spill_bytes > spilled:
         found.append(
             f"spills {report.spill_bytes} bytes a thread, budget {spilled}: {smaller}, or have the "

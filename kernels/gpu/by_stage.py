@@ -684,7 +684,8 @@ class _Product:
         self._layout = layout
         self._weights = weights
         self._wanted = wanted
-        self._programs = min(layout.count, host.most_programs(like.device))
+        most = host.most_programs(like.device, layout.launch.warps)
+        self._programs = min(layout.count, most)
         self._weight_programs = min(layout.count, WEIGHT_PROGRAMS)
         self.hidden = host.empty(like, (layout.total if F.through_memory else 0, N))
         self._deltas = host.empty(like, (layout.total, N))

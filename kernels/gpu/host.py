@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,33 +160,8 @@ Launching = tuple[Any, tuple[int, ...], dict[str, Any]]
 Known = dict[Any, Any]
 """Of kernels what Triton has compiled for arguments of one kind."""
 
-NO_WARPGROUPS = "DISABLE_MMA_V3"
-"""What tells Triton so; it is part of the key of its cache."""
-
 ALIGNMENT = 16
 """Bytes: Triton compiles kernels for pointers that are multiples of it, and for others."""
-
-
-_compiling = threading.RLock()
-
-
-@contextlib.contextmanager
-def without_warpgroups() -> Iterator[None]:
-    """Has Triton compile products for warps, as for Ampere, not for Hopper's groups of warps.
-
-    Of tiles as small as these, versions from 3.6 on make the latter wrongly: results are wrong, or
-    the kernel reads where it may not.
-    """
-    with _compiling:
-        before = os.environ.get(NO_WARPGROUPS)
-        os.environ[NO_WARPGROUPS] = "1"
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[NO_WARPGROUPS]
-            else:
-                os.environ[NO_WARPGROUPS] = before
 
 
 def launch(known: Known, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
@@ -200,8 +172,7 @@ def launch(known: Known, kernel: Any, grid: tuple[int, ...], arguments: dict[str
     """
     compiled = known.get(kernel)
     if compiled is None:
-        with without_warpgroups():
-            compiled = known[kernel] = kernel[grid](**arguments)
+        compiled = known[kernel] = kernel[grid](**arguments)
     else:
         compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
     return compiled
@@ -322,11 +293,16 @@ def capability(device: torch.device) -> int:
 
 
 @functools.cache
-def most_programs(device: torch.device) -> int:
-    """Programs of a gradient, each with sums of its own: two for each multiprocessor."""
+def most_programs(device: torch.device, warps: int) -> int:
+    """Programs of a gradient, each with sums of its own.
+
+    As many as the multiprocessors hold at once where each thread takes all registers that it may;
+    or twice as many as there are multiprocessors.
+    """
     if device.type != "cuda":
         return 4
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    count = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return max(2, 8 // warps) * count
 
 
 def sent(number: Tensor) -> Callable[[], float]:

@@ -54,6 +54,15 @@ MOST_NUMBERS = 1024
 """In a tile of the state, rows x padded width: registers hold several."""
 
 
+INSTRUCTIONS = "sm80"
+"""Whose matrix instructions kernels get, on every GPU: Ampere's, which all GPUs since have.
+
+Those of Hopper's warp groups take a descriptor of an operand in shared memory. ptxas 12.8, which
+comes with Triton 3.6, may make it of a register that nobody wrote: results are wrong, or the solve
+ends with an illegal memory access. Whether it does depends on the field as well as on the tile, so
+no choice of tiles is safe. `aot --check` refuses kernels that have such instructions."""
+
+
 class Launch(NamedTuple):
     """How a kernel is launched.
 
@@ -69,14 +78,18 @@ class Launch(NamedTuple):
     K: int
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | str]:
         """What Triton is told at a launch, beside the kernel's arguments.
 
         Without `maxnreg` ptxas spills a few registers to have more programs on a multiprocessor; a
         small batch waits for the only one there is.
         """
         most = min(255, 65536 // (32 * self.warps))
-        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": most}
+        return _options(self.warps, most)
+
+
+def _options(warps: int, registers: int) -> dict[str, int | str]:
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": registers, "arch": INSTRUCTIONS}
 
 
 def _entry(*launches: tuple[int, int, int, int]) -> tuple[Launch, ...]:
@@ -122,11 +135,11 @@ TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]
     ("by_row", 64, "ieee"): _entry((16, 4, 64, 32), (32, 4, 64, 32)),
     ("by_row", 128, "ieee"): _entry((16, 4, 128, 32)),
     ("gradient", 16, "tf32x3"): _entry((16, 4, 16, 16)),
-    ("gradient", 32, "tf32x3"): _entry((16, 4, 32, 16)),
+    ("gradient", 32, "tf32x3"): _entry((16, 4, 32, 16), (16, 1, 16, 16)),
     ("gradient", 64, "tf32x3"): _entry((16, 4, 64, 32)),
     ("gradient", 128, "tf32x3"): _entry((16, 4, 64, 64)),
     ("gradient", 16, "tf32"): _entry((16, 4, 16, 16)),
-    ("gradient", 32, "tf32"): _entry((16, 4, 32, 16)),
+    ("gradient", 32, "tf32"): _entry((16, 4, 32, 16), (16, 1, 16, 16)),
     ("gradient", 64, "tf32"): _entry((16, 4, 64, 32)),
     ("gradient", 128, "tf32"): _entry((16, 4, 64, 64)),
     ("gradient", 16, "ieee"): _entry((16, 4, 16, 16)),
@@ -151,13 +164,14 @@ TABLE: dict[tuple[str, int, str] | tuple[str, int, str, int], tuple[Launch, ...]
     ("adaptive", 16, "tf32", 100): _entry((16, 4, 16, 16), (32, 4, 16, 16), (64, 8, 16, 16)),
     ("adaptive", 32, "tf32", 100): _entry((16, 4, 32, 16), (32, 4, 32, 32), (64, 8, 32, 16)),
     ("by_row", 32, "tf32x3", 80): _entry((16, 4, 32, 16), (64, 8, 32, 16)),
-    ("gradient", 32, "tf32x3", 80): _entry((16, 4, 16, 16)),
+    ("gradient", 32, "tf32x3", 80): _entry((16, 4, 16, 16), (16, 1, 16, 16)),
     ("gradient", 64, "tf32x3", 80): _entry((16, 8, 32, 32)),
     ("gradient", 128, "tf32x3", 80): _entry((16, 8, 64, 32)),
 }
 # fmt: on
 """Launches of a kind of kernel, a padded hidden width, and a precision. The last one is for many
-rows. Where a key goes on with an architecture, that entry goes before the general one."""
+rows: of a gradient, whose tiles wait for memory, one that leaves room for more programs. Where a
+key goes on with an architecture, that entry goes before the general one."""
 
 
 MOST_CHANNELS, MOST_FILTERS = 64, 128
@@ -167,12 +181,11 @@ CONV_TABLE: dict[tuple[str, int, int] | tuple[str, int, int, int], tuple[int, in
     ("forward", 64, 1): (64, 4, 255),
     ("forward", 64, 2): (64, 4, 255),
     ("forward", 128, 0): (16, 8, 255),
-    ("forward", 128, 1): (64, 8, 255),
+    ("forward", 128, 1): (128, 8, 255),
     ("forward", 128, 2): (64, 8, 255),
-    ("gather", 64, 1): (64, 4, 255),
     ("gradient", 64, 0): (32, 8, 255),
     ("gradient", 64, 1): (32, 4, 255),
-    ("gradient", 64, 2): (32, 4, 255),
+    ("gradient", 64, 2): (32, 8, 255),
     ("gradient", 128, 0): (16, 8, 255),
     ("gradient", 128, 1): (32, 8, 255),
     ("gradient", 128, 2): (32, 8, 255),
@@ -180,8 +193,8 @@ CONV_TABLE: dict[tuple[str, int, int] | tuple[str, int, int, int], tuple[int, in
     ("gradient", 128, 1, 80): (16, 8, 255),
 }
 """Pixels of a tile, warps of a program, registers of a thread; for padded filters (up to that many)
-and 16-bit parts. "gather" goes before "forward" where the first hidden layer is in memory. Where a
-key goes on with an architecture, that entry goes before the general one."""
+and 16-bit parts. Where a key goes on with an architecture, that entry goes before the general
+one."""
 
 LEAST_WIDTH = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
 """Of padded channels. Products of older versions of Triton sum over 16 numbers at least."""
@@ -346,7 +359,7 @@ def _chosen(
     entry: tuple[Launch, ...], is_one_step_size: bool, rows: int, D: int, capability: int
 ) -> Launch:
     """Of an entry the launch for a batch."""
-    smallest, *larger = sorted(entry)
+    smallest, *larger = sorted(entry, key=lambda x: x.rows)
     fitting = [smallest, *(x for x in larger if x.rows * D <= MOST_NUMBERS)]
     holding = [x for x in fitting if x.rows >= rows]
     # The interpreter's programs run one after the other.
@@ -373,13 +386,13 @@ class ConvLaunch(NamedTuple):
     taps: int
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | str]:
         """What Triton is told at a launch, beside the kernel's arguments.
 
         One stage: with more, loads bypass the L1 cache, where nine taps find most of what they
         need.
         """
-        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": self.registers}
+        return _options(self.warps, self.registers)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -403,7 +416,7 @@ def conv_configuration(
         activations.RELU.value,
         activations.IDENTITY.value,
     )
-    entry = _conv_entry(kernel, N, parts, through_memory, capability)
+    entry = _conv_entry(kernel, N, parts, capability)
     if capability == 0:  # the interpreter is slow, and tests want several tiles
         entry = (64, 4, 255)
     elif D >= WIDE:
@@ -417,11 +430,7 @@ def conv_configuration(
     )
 
 
-def _conv_entry(
-    kernel: str, N: int, parts: int, through_memory: bool, capability: int
-) -> tuple[int, int, int]:
+def _conv_entry(kernel: str, N: int, parts: int, capability: int) -> tuple[int, int, int]:
     width = 64 if N <= 64 else 128
-    if kernel == "forward" and through_memory and ("gather", width, parts) in CONV_TABLE:
-        kernel = "gather"
     special = CONV_TABLE.get((kernel, width, parts, architecture(capability)))
     return special or CONV_TABLE[kernel, width, parts]

@@ -498,7 +498,8 @@ class Solve(host.Solver):
         rows, S = checkpoints.rows, self.stages
         functions, F, config = self._configuration("gradient", grad.device, rows)
         B = min(config.rows, checkpoints.tile)
-        programs = min(max(1, triton.cdiv(rows, B)), host.most_programs(grad.device))
+        most = host.most_programs(grad.device, config.warps)
+        programs = min(max(1, triton.cdiv(rows, B)), most)
         record = F.record_size(B)
         size = (2 * S + 1) * B * F.D + S * record + S
         tableau, settings = self._constants(grad.device)
@@ -602,7 +603,7 @@ class Solve(host.Solver):
         known = self._known(tensors, F, shared["B"], shared["num_warps"], wanted)
         record = F.record_size(shared["B"])
         size = (2 * S + 2) * shared["B"] * F.D + S * record + S
-        programs = min(tiles, host.most_programs(grad.device))
+        programs = min(tiles, host.most_programs(grad.device, shared["num_warps"]))
         ends, pieces = _adjoint_steps(times, grid)
         inner = S - 1 if self.method.last_at_solution else S
         x_grad = host.empty(grad, (rows, self.data_dim))
@@ -666,7 +667,8 @@ class Solve(host.Solver):
         attempt_sums = host.empty(grad, (programs, continuous.SUMS.value), torch.float64)
         arrivals = self._arrivals(grad, programs)
         # A program for each step of a tile would leave too many sums to add up.
-        at_once = min(programs * STEPS_AT_ONCE, host.most_programs(grad.device))
+        most = host.most_programs(grad.device, shared["num_warps"])
+        at_once = min(programs * STEPS_AT_ONCE, most)
         sums = host.zeros(grad, (at_once, F.weights if wanted else 0), self.dtype)
         size_again = size + (S - 1) * record + S
         scratch_again = host.empty(grad, (at_once, size_again if wanted else 0))

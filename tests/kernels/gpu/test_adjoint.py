@@ -71,7 +71,7 @@ def test_gradient_of_one_output(control, output, device):
 
 @every_control
 def test_programs_with_several_tiles(control, device, monkeypatch):
-    monkeypatch.setattr(host, "most_programs", lambda device: 2)
+    monkeypatch.setattr(host, "most_programs", lambda device, warps: 2)
     case = dataclasses.replace(CASE, rows=40)
     compare(case, f64, device, MANY_SCALES, **CONTROLS[control])
 

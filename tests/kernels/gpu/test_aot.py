@@ -46,6 +46,7 @@ def test_a_disassembly_is_understood():
         "spill_bytes": 24,
         "spills": 2,
         "matrix": 2,
+        "asynchronous": 1,
         "instructions": 7,
         "code_bytes": 112,
     }
@@ -88,7 +89,7 @@ def test_arguments_are_the_kernels_parameters(name, case):
     noted = aot.noted_launch(case)
     kernel = getattr(KERNELS[name].module, KERNELS[name].name)
     assert noted.kernel is kernel
-    options = {"num_warps", "num_stages", "maxnreg"} & set(noted.arguments)
+    options = {"num_warps", "num_stages", "maxnreg", "arch"} & set(noted.arguments)
     assert set(noted.arguments) - options == set(kernel.arg_names)
     if case.is_conv:
         part = "forward" if KERNELS[name].call == "forward" else "gradient"
@@ -155,6 +156,7 @@ def test_everything_is_every_entry_of_the_table():
 
 GOOD = Report(Case("adaptive"), rows=64, warps=4, N=32, K=32, registers=255, shared=12288)
 BAD = {
+    "has 2 matrix instructions of Hopper's or Blackwell's own": dict(asynchronous=2),
     "spills 8 bytes a thread, budget 0": dict(spill_bytes=8, spills=2),
     "takes 256 registers, budget 255": dict(registers=256),
     "takes 232449 bytes of shared memory, budget 232448": dict(shared=232449),
@@ -245,6 +247,17 @@ def test_it_compiles_without_a_card(tmp_path):
         assert 0 < row["registers"] <= 255 and row["spill_bytes"] == 0
         assert row["instructions"] > 50 and row["seconds"] > 0
     assert f"{len(table['rows'])} compiled, 0 spill" in done.stdout
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_no_kernel_has_matrix_instructions_of_a_warp_group(arch, monkeypatch, tmp_path):
+    # A tile of 64 rows and four warps is where Triton prefers those of Hopper and of Blackwell.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = Case("adaptive", arch=arch, launch=Launch(64, 4, 16, 16), layers=1)
+    (report,) = aot.reports([case], processes=1)
+    assert report.failure == ""
+    assert report.matrix > 0 and report.asynchronous == 0
 
 
 # --- fields for images ----------------------------------------------------------------------------

@@ -1,13 +1,10 @@
 """kernels/gpu/host.py: how kernels are launched."""
 
-import os
-
 import pytest
 import torch
 
 from anode_fast import fused
 from anode_fast.kernels.gpu import host
-from anode_fast.kernels.gpu.host import NO_WARPGROUPS
 from anode_fast.tableau import DOPRI5
 
 
@@ -21,7 +18,7 @@ class Kernel:
 
     def __getitem__(self, grid):
         def run(**arguments):
-            self.seen.append((grid, arguments, os.environ.get(NO_WARPGROUPS)))
+            self.seen.append((grid, arguments))
             if arguments["x"] is None:
                 raise ValueError("it does not compile")
             return self.Compiled(self.again)
@@ -36,20 +33,14 @@ class Kernel:
             return lambda *values: self.again.append((grid, values))
 
 
-@pytest.mark.parametrize("before", [None, "0"])
-def test_the_first_launch_compiles_without_warpgroups(before, monkeypatch):
-    if before is None:
-        monkeypatch.delenv(NO_WARPGROUPS, raising=False)
-    else:
-        monkeypatch.setenv(NO_WARPGROUPS, before)
+def test_later_launches_go_to_what_is_compiled():
     kernel, known = Kernel(), {}
     host.launch(known, kernel, (3,), dict(size=1, x="x"))
     host.launch(known, kernel, (5, 9), dict(size=2, x="y"))
-    assert kernel.seen == [((3,), dict(size=1, x="x"), "1")]
+    assert kernel.seen == [((3,), dict(size=1, x="x"))]
     assert kernel.again == [((5, 9, 1), ("y", 2))]
     with pytest.raises(ValueError, match="does not compile"):
         host.launch({}, kernel, (1,), dict(size=1, x=None))
-    assert os.environ.get(NO_WARPGROUPS) == before
 
 
 def test_what_is_known_is_of_memory_that_is_aligned():

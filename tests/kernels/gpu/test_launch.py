@@ -19,6 +19,7 @@ from anode_fast.kernels.gpu.launch import (  # noqa: E402
     PRECISIONS,
     TABLE,
     WIDTHS,
+    ConvLaunch,
     Launch,
     architecture,
     configuration,
@@ -62,7 +63,7 @@ def test_there_is_an_entry_for_every_kernel_width_precision_and_architecture():
 def test_launches_are_sound(key):
     entry, H = TABLE[key], key[1]
     rows = [x.rows for x in entry]
-    assert len(set(rows)) == len(rows)
+    assert len(set(entry)) == len(entry)
     assert 16 in rows  # holds for a state of any width, and divides all other tiles
     for x in entry:
         assert is_power_of_two(x.rows) and is_power_of_two(x.warps) and x.warps <= 16
@@ -139,6 +140,13 @@ def test_a_program_has_the_registers_it_may_take(warps):
     options = Launch(16, warps, 16, 16).options
     assert options["num_warps"] == warps
     assert options["maxnreg"] <= 255 and options["maxnreg"] * 32 * warps <= 65536
+
+
+@pytest.mark.parametrize(
+    "options", [Launch(64, 4, 16, 16).options, ConvLaunch(64, 4, 9, 1).options]
+)
+def test_matrix_instructions_are_those_that_all_gpus_have(options):
+    assert options["arch"] == "sm80"
 
 
 # --- limits ---------------------------------------------------------------------------------------
