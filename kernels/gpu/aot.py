@@ -76,12 +76,13 @@ MOST_SECONDS = 15.0
 MOST_SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a program may have. Of 80, what 86 and 89 have: its entries are theirs."""
 
-MOST_SPILLED = 168
+MOST_SPILLED, MOST_SPILLED_WIDE = 184, 3072
 """Bytes of a thread's registers that may go to memory for fields and GPUs that the launch table was
 not made for first: what the feasibility study had to accept at worst (152), and a little more for
 the gradients of 128 filters in float64, whose sums alone take half of the registers. For fields of
 two hidden layers with a state of up to 16 columns, and for convolutional ones of up to 64 filters,
-in float32 on a Hopper GPU, none may."""
+in float32 on a Hopper GPU, none may. The second number is for convolutional fields of 64 padded
+channels and more, which spill in whatever tile."""
 
 REGISTERS, SHARED = 1 << 16, 227 << 10
 """Of a multiprocessor of a Hopper GPU: registers, and bytes of shared memory."""
@@ -622,6 +623,8 @@ def breaches(report: Report) -> list[str]:
     is_first = case.arch == 90 and case.layers == 2 and case.dim <= 16 and case.stages <= 7
     is_first &= case.hidden <= 64 or not case.is_conv
     spilled = 0 if is_first and case.precision != "ieee" else MOST_SPILLED
+    if case.is_conv and report.K >= launch.WIDE:
+        spilled = MOST_SPILLED_WIDE
     smaller = "give its entry in launch.py fewer rows or smaller blocks"
     found = []
     if report.asynchronous:
