@@ -293,7 +293,8 @@ def solved(field, y0, solver=anode_fast.odeint, **options):
     parameters = []
     if isinstance(field, nn.Module):
         parameters = [p for p in field.parameters() if p.requires_grad]
-    weights = torch.linspace(0.5, 1.5, solution.numel(), dtype=y0.dtype).reshape(solution.shape)
+    weights = torch.linspace(0.5, 1.5, solution.numel(), dtype=y0.dtype, device=y0.device)
+    weights = weights.reshape(solution.shape)
     grads = torch.autograd.grad((solution * weights).sum(), [y0, *parameters], allow_unused=True)
     return [solution.detach(), *[y0.new_zeros(()) if g is None else g for g in grads]]
 

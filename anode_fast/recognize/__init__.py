@@ -195,7 +195,7 @@ def recognize(func: Callable[..., Any], t: float, y: Tensor) -> Recognized | str
     known = _of(func)
     if known is None:
         return "the field is an object that cannot be remembered (it has no hash)"
-    if known.changes > MOST_CHANGES:
+    if known.changes >= MOST_CHANGES:
         return "the field, or what it uses, changes from call to call"
     key = (y.shape[1:] if y.dim() > 1 else y.shape, y.dim(), y.dtype, y.device)
     around = known.around

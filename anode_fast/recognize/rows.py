@@ -80,8 +80,15 @@ class Rows:
                 (result,) = args_of(node)
                 return self._finish(result)
             elif node in used and node not in self.weights.nodes:
+                self._check_dtype(node)
                 self.env[node] = self._handler(node)(self, node)
         raise NotKnown("its trace has no end")
+
+    def _check_dtype(self, node: fx.Node) -> None:
+        made = node.meta["val"]
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, Tensor) and x.dtype not in (self.y.dtype, torch.bool):
+                raise NotKnown(f"it computes with {x.dtype}, the state is {self.y.dtype}")
 
     def _handler(self, node: fx.Node) -> _Handler:
         name = name_of(node)

@@ -28,12 +28,12 @@ class Surroundings:
         func: The callable.
 
     Attributes:
-        modules: The nn.Modules among it.
         counters: After `find_counters`: integers that one call adds to, and how much.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        self.modules: list[nn.Module] = []
+        # Their dicts: the callable itself may be a module, and is not to be kept alive.
+        self._modules: list[dict[str, Any]] = []
         self.counters: list[tuple[_Place, int]] = []
         self._dicts: list[dict[Any, Any]] = []
         self._lists: list[list[Any]] = []
@@ -107,7 +107,7 @@ class Surroundings:
         members = x.__dict__
         self._dicts.append(members)
         if isinstance(x, nn.Module):
-            self.modules.append(x)
+            self._modules.append(members)
             # The module's other dicts are of hooks: `has_hooks` looks at them.
             for name in ("_parameters", "_buffers", "_modules"):
                 self._look(members[name])
@@ -200,7 +200,7 @@ class Surroundings:
         """Whether a module among it has hooks, or a forward of its own beside its class's."""
         return nn.modules.module._has_any_global_hook() or any(
             "forward" in members or any(members[name] for name in _HOOKS)
-            for members in (module.__dict__ for module in self.modules)
+            for members in self._modules
         )
 
     def getter(self, tensor: Tensor) -> Callable[[], Any]:

@@ -1,0 +1,414 @@
+"""Users' fields as the kernels know them: what is traced, when anew, and what is never done."""
+
+import functools
+import gc
+import itertools
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anode_fast import AugODEBlock, MLPField, explain, odeint, odeint_adjoint
+from anode_fast import recognize as recognition
+from anode_fast.kernels.cpu import library
+from anode_fast.kernels.program import Program
+from anode_fast.recognize import Recognized, recognize
+from anode_fast.spec import ConvSpec, MLPSpec
+
+if library.load() is None:
+    pytest.skip(library.missing(), allow_module_level=True)
+
+T = torch.tensor([0.0, 1.0])
+
+
+class Field(nn.Module):
+    def __init__(self, dim=2, hidden=8):
+        super().__init__()
+        self.nfe = 0
+        self.scale = 1.0
+        self.net = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, dim))
+
+    def forward(self, t, y):
+        self.nfe += 1
+        return self.scale * self.net(y)
+
+
+def reference(field, y0, **options):
+    return odeint(field, y0, T, backend="reference", **options)
+
+
+def backend_of(field, y0, **options):
+    lines = explain(field, y0, T, **options).splitlines()
+    return next(line for line in lines if line.startswith("backend")).split(": ")[1]
+
+
+# --- what a field is ------------------------------------------------------------------------------
+
+
+def spec_of(func, *shape):
+    found = recognize(func, 0.5, torch.rand(shape))
+    assert isinstance(found, Recognized), found
+    return found.spec()
+
+
+class WithTime(nn.Module):
+    def __init__(self, hidden=(5, 7), last=False, activation=F.relu):
+        super().__init__()
+        widths = [3, *hidden, 2]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.last, self.activation = last, activation
+
+    def forward(self, t, y):
+        time = t.expand(y.shape[0], 1)
+        h = torch.cat((y, time) if self.last else (time, y), 1)
+        for layer in self.layers[:-1]:
+            h = self.activation(layer(h))
+        return self.layers[-1](h)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [torch.relu, F.softplus, torch.tanh, torch.sigmoid, F.silu, F.gelu, F.elu],
+    ids=lambda f: f.__name__,
+)
+def test_perceptrons_have_their_spec(activation):
+    name = activation.__name__
+    assert spec_of(WithTime(activation=activation), 4, 2) == MLPSpec(2, (5, 7), name, True)
+    assert spec_of(Field(3, 6), 4, 3).__class__ is Program  # of the factor 1.0
+
+
+def test_time_last_is_a_program():
+    program = spec_of(WithTime(last=True), 4, 2)
+    assert [x.op for x in program.code] == ["join", "linear", "relu", "linear", "relu", "linear"]
+    assert program.code[0].inputs == (1, 0)
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_the_papers_convolutions_have_their_spec(time):
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3 + time, 6, 1)
+            self.b = nn.Conv2d(6 + time, 6, 3, padding=1)
+            self.c = nn.Conv2d(6 + time, 3, 1)
+
+        def forward(self, t, x):
+            h = F.softplus(self.a(self.timed(t, x)))
+            return self.c(self.timed(t, F.softplus(self.b(self.timed(t, h)))))
+
+        def timed(self, t, x):
+            return torch.cat((torch.ones_like(x[:, :1]) * t, x), 1) if time else x
+
+    assert spec_of(Convolutions(), 2, 3, 4, 5) == ConvSpec(3, 6, "softplus", time)
+
+
+def test_a_field_of_ours_inside_another_module():
+    inner = MLPField(2, 8)
+
+    class Damped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, t, y):
+            return self.inner(t, y) - 0.1 * y
+
+    field, y0 = Damped(), torch.randn(4, 2)
+    assert backend_of(field, y0) == "cpu"
+    inner.nfe = 0
+    got, stats = odeint(field, y0, T, return_stats=True)
+    assert inner.nfe == stats.nfe > 0
+    torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-6)
+
+
+# --- counters -------------------------------------------------------------------------------------
+
+
+def test_counters_count_the_evaluations_made():
+    field, y0 = Field(), torch.randn(5, 2)
+    for _ in range(3):
+        field.nfe = 10
+        _, stats = odeint(field, y0, T, rtol=1e-3, atol=1e-3, return_stats=True)
+        assert stats.backend == "cpu" and field.nfe == 10 + stats.nfe
+    solution, stats = odeint(field, y0, T, rtol=1e-3, atol=1e-3, return_stats=True)
+    before = field.nfe
+    solution.sum().backward()
+    assert field.nfe == before + stats.nfe_backward
+
+
+def test_counters_of_any_step_and_place():
+    calls = 0
+    inner = Field()
+
+    def field(t, y):
+        nonlocal calls
+        calls += 2
+        return inner(t, y)
+
+    _, stats = odeint(field, torch.randn(5, 2), T, return_stats=True)
+    assert stats.backend == "cpu" and calls == 2 * stats.nfe == 2 * inner.nfe
+
+
+def test_explain_evaluates_nothing_that_counts():
+    field = Field()
+    assert backend_of(field, torch.randn(3, 2)) == "cpu"
+    assert field.nfe == 0
+
+
+# --- changes --------------------------------------------------------------------------------------
+
+
+def changed_scale(field):
+    field.scale = 3.0
+
+
+def changed_parameter(field):
+    field.net[0].weight = nn.Parameter(torch.full_like(field.net[0].weight, 0.3))
+
+
+def changed_layer(field):
+    field.net[1] = nn.Softplus()
+
+
+def changed_values(field):
+    with torch.no_grad():
+        field.net[2].weight.mul_(2)
+
+
+def changed_list(field):
+    field.net.append(nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    "change", [changed_scale, changed_parameter, changed_layer, changed_values, changed_list]
+)
+def test_a_change_is_seen(change):
+    field, y0 = Field(), torch.randn(5, 2)
+    first = odeint(field, y0, T)
+    change(field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # seen before the first evaluation
+        got, stats = odeint(field, y0, T, return_stats=True)
+    assert stats.backend == "cpu"
+    torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got, first, rtol=1e-3)
+
+
+def test_a_mode_is_seen():
+    field = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = field
+
+        def forward(self, t, y):
+            return self.net(y)
+
+    dropping, y0 = Dropping(), torch.randn(4, 2)
+    assert backend_of(dropping, y0) == "reference"
+    assert "random" in explain(dropping, y0, T)
+    dropping.eval()
+    assert backend_of(dropping, y0) == "cpu"
+    dropping.train()
+    assert backend_of(dropping, y0) == "reference"
+
+
+def test_hooks_come_and_go():
+    field, y0 = Field(), torch.randn(4, 2)
+    assert backend_of(field, y0) == "cpu"
+    handle = field.net[1].register_forward_hook(lambda module, inputs, value: 2 * value)
+    assert backend_of(field, y0) == "reference" and "hooks" in explain(field, y0, T)
+    torch.testing.assert_close(odeint(field, y0, T), reference(field, y0))
+    handle.remove()
+    assert backend_of(field, y0) == "cpu"
+
+
+def test_what_changes_all_the_time_is_left_alone(monkeypatch):
+    traced = []
+    real = recognition._trace
+    monkeypatch.setattr(recognition, "_trace", lambda *a: traced.append(1) or real(*a))
+    field, y0 = Field(), torch.randn(4, 2)
+    for i in range(12):
+        field.scale = 1.0 + i
+        got = odeint(field, y0, T)
+        torch.testing.assert_close(got, reference(field, y0), rtol=1e-4, atol=1e-5)
+    assert "changes from call to call" in explain(field, y0, T)
+    assert len(traced) == 1 + recognition.MOST_CHANGES
+
+
+GAIN = 1.0
+
+
+def by_a_global(t, y):
+    return -GAIN * y
+
+
+def test_globals_are_seen(monkeypatch):
+    y0 = torch.ones(2, 2)
+    for gain in (1.0, 2.0):
+        monkeypatch.setitem(globals(), "GAIN", gain)
+        got, stats = odeint(by_a_global, y0, T, return_stats=True)
+        assert stats.backend == "cpu"
+        torch.testing.assert_close(got[-1], torch.exp(torch.tensor(-gain)).expand(2, 2))
+
+
+def test_functions_made_anew_share_a_trace(monkeypatch):
+    traced = []
+    real = recognition._trace
+    monkeypatch.setattr(recognition, "_trace", lambda *a: traced.append(1) or real(*a))
+    matrix = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]])
+    y0 = torch.randn(3, 2)
+    for _ in range(5):
+        odeint(lambda t, y: y @ matrix, y0, T)
+    assert len(traced) == 1
+    for k in (1.0, 2.0):  # another number around it is another function
+        got = odeint(functools.partial(lambda k, t, y: -k * y, k), y0, T)
+        torch.testing.assert_close(got[-1], y0 * torch.exp(torch.tensor(-k)))
+
+
+class Hidden:
+    """Holds a number where nobody looks."""
+
+    __slots__ = ("value",)
+
+
+def test_the_first_evaluation_finds_what_was_not_seen():
+    hidden = Hidden()
+    hidden.value = 1.0
+
+    def field(t, y):
+        return -hidden.value * y
+
+    y0 = torch.ones(3, 2)
+    assert odeint(field, y0, T, return_stats=True)[1].backend == "cpu"
+    hidden.value = 2.0
+    with pytest.warns(UserWarning, match="its own code is used from now on") as caught:
+        got, stats = odeint(field, y0, T, return_stats=True)
+    assert len(caught) == 1 and stats.backend == "reference"
+    torch.testing.assert_close(got[-1], torch.exp(torch.tensor(-2.0)).expand(3, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning is enough
+        assert odeint(field, y0, T, return_stats=True)[1].backend == "reference"
+
+
+def test_code_that_looks_at_the_size_of_the_batch():
+    def field(t, y):
+        return -y if y.shape[0] < 20 else -2 * y
+
+    for size, rate in ((30, 2.0), (30, 2.0), (10, 1.0), (40, 2.0)):
+        y0 = torch.ones(size, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = odeint(field, y0, T)
+        torch.testing.assert_close(got[-1], torch.exp(torch.tensor(-rate)).expand(size, 2))
+
+
+# --- what is never done ---------------------------------------------------------------------------
+
+
+def test_a_trace_leaves_no_trace():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.seen = []
+            self.last = None
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, t, y):
+            self.calls += 1
+            self.seen.append(1)
+            self.last = y
+            return self.norm(y)
+
+    field, y0 = Remembering(), torch.randn(5, 2)
+    state = torch.random.get_rng_state()
+    assert backend_of(field, y0) == "reference"
+    assert field.calls == 0 and field.seen == [] and field.last is None
+    assert field.norm.num_batches_tracked == 0
+    assert torch.equal(field.norm.running_mean, torch.zeros(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_module_is_not_kept_alive():
+    field = Field()
+    odeint(field, torch.randn(3, 2), T)
+    gone = weakref.ref(field)
+    del field
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "name, field",
+    {
+        "no hash": type("NoHash", (), {"__hash__": None, "__call__": lambda self, t, y: -y})(),
+        "raises": lambda t, y: 1 / 0,
+        "item": lambda t, y: y * y.sum().item(),
+        "another dtype": lambda t, y: -y * (torch.ones(len(y), 1, dtype=torch.float64) * t),
+        "sum over the batch": lambda t, y: -y * y.sum(),
+        "cumsum": lambda t, y: y.cumsum(0) - 2 * y,
+        "other rows": lambda t, y: -y.flip(0),
+        "broadcast across rows": lambda t, y: -y - 0 * y.mean(0, keepdim=True),
+    }.items(),
+)
+def test_what_kernels_do_not_know(name, field):
+    y0 = torch.rand(3, 2, requires_grad=True)
+    found = recognize(field, 0.0, y0)
+    assert isinstance(found, str) and found
+
+
+@pytest.mark.parametrize("solve", [odeint, odeint_adjoint])
+def test_gradients_reach_what_a_tensor_was_made_of(solve):
+    leaf = torch.tensor([0.5, -0.3], requires_grad=True)
+    made = leaf * 2
+
+    def field(t, y):
+        return torch.tanh(y * made + leaf)
+
+    y0 = torch.ones(3, 2, requires_grad=True)
+    more = dict(adjoint_params=(made, leaf)) if solve is odeint_adjoint else {}
+    grads = []
+    for backend in ("auto", "reference"):
+        solution = solve(field, y0, T, backend=backend, gradient="discrete", **more)
+        grads.append(torch.autograd.grad(solution.sum(), (leaf, y0), retain_graph=True))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_recognises_its_field():
+    class Augmented(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+        def forward(self, t, y):
+            return self.net(y)
+
+    block = AugODEBlock(Augmented(), 2)
+    for size in (16, 3):  # more rows than are looked at, and fewer
+        x = torch.randn(size, 2)
+        got = block(x)
+        assert block.stats.backend == "cpu"
+        want = AugODEBlock(block.field, 2, backend="reference")(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_users_modes_see_no_trace():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    field, y0 = Field(), torch.randn(4, 2)
+    with Count() as count:
+        odeint(field, y0, T)
+    assert count.calls < 60
