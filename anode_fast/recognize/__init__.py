@@ -408,6 +408,10 @@ def _trace(func: Callable[..., Any], y: Tensor, around: Surroundings) -> torch.f
     except NotKnown:
         raise
     except Exception as error:
+        if "DataDependent" in type(error).__name__:
+            raise NotKnown(
+                "it cannot be traced: its code looks at numbers (a branch on t or y, float(), item())"
+            ) from None
         text = str(error).strip().splitlines()
         said = f": {text[0][:200]}" if text else ""
         raise NotKnown(f"it cannot be traced ({type(error).__name__}{said})") from None

@@ -22,6 +22,8 @@ from anode_fast.problem import FAMILIES, FIXED, make_problem  # noqa: E402
 from anode_fast.stats import SolveStats  # noqa: E402
 from anode_fast.tableau import TABLEAUS  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("own_code")
+
 f32, f64 = torch.float32, torch.float64
 METHODS = [name for name, tableau in TABLEAUS.items() if not tableau.implicit]
 TIMES = (0.0, 0.3, 0.35, 1.0)

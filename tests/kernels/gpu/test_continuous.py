@@ -124,7 +124,7 @@ def counts(result):
 
 def launches(case, result, device):
     """One; of several tiles with adaptive steps one for each attempt. And those for the weights."""
-    _, config = case.solve(gpu, f64)._configuration("continuous", device, case.rows)
+    *_, config = case.solve(gpu, f64)._configuration("continuous", device, case.rows)
     assert (case.rows > config.rows) == (case.rows == SEVERAL)
     of_weights = (2 if case.adaptive else 1) * (len(case.unwanted) < 2 * case.layers + 2)
     if not case.adaptive or case.rows <= config.rows:

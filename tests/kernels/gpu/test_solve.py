@@ -434,6 +434,7 @@ def test_explain(name, device):
     assert tiles == -(-rows // height) and len(told) == 1
 
 
+@pytest.mark.usefixtures("own_code")
 @pytest.mark.parametrize("name", NOT)
 def test_why_not(name, device):
     field, reason = NOT[name]
