@@ -410,7 +410,8 @@ def _trace(func: Callable[..., Any], y: Tensor, around: Surroundings) -> torch.f
     except Exception as error:
         if "DataDependent" in type(error).__name__:
             raise NotKnown(
-                "it cannot be traced: its code looks at numbers (a branch on t or y, float(), item())"
+                "it cannot be traced: its code looks at numbers (a branch on t or y, float(), "
+                "item())"
             ) from None
         text = str(error).strip().splitlines()
         said = f": {text[0][:200]}" if text else ""
