@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -304,16 +305,18 @@ class _Run:
     def _waits_for_nothing(self, which: Sequence[int]) -> bool:
         """Queues a round; whether the field never made the host wait for the device."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the mode does not see all waits, it says
+                torch.cuda.set_sync_debug_mode("error")
             self._round(which)
+            return True
         except RuntimeError:
-            torch.cuda.set_sync_debug_mode(before)
-            self._round(which)  # from its beginning: until `finish` a round only overwrites
-            return False
+            pass
         finally:
             torch.cuda.set_sync_debug_mode(before)
-        return True
+        self._round(which)  # from its beginning: until `finish` a round only overwrites
+        return False
 
     def end(self) -> None:
         """Gives up the graph, which may still have to run."""
