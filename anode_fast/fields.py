@@ -289,6 +289,8 @@ class SpecField:
             y: State, [*batch, dim], or an image.
         """
         self.count(1)
+        if tensors:
+            _check_dtype("the field", y, tensors[0])
         spec = self.specs[-1]
         if isinstance(spec, ConvSpec):
             return evaluate_convolutions(spec, tensors, t, y)

@@ -388,7 +388,7 @@ def _recognized(
         return None, "the field has callbacks"
     if not isinstance(t, Tensor) or t.requires_grad or t.dim() != 1 or not len(t):
         return None, "a gradient with respect to t is wanted"
-    found = recognize(func, float(t[0]), pad(x, columns))
+    found = recognize(func, t[0], pad(x, columns))
     return (None, found) if isinstance(found, str) else (found, "")
 
 

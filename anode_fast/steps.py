@@ -49,8 +49,7 @@ def arithmetic(problem: Problem) -> NativeArithmetic | None:
 
 @functools.cache
 def _of_dtype(dtype: torch.dtype) -> NativeArithmetic:
-    found = library.load()
-    assert found is not None
+    found: Any = library.load()
     return NativeArithmetic(Steps(found, dtype), dtype)
 
 

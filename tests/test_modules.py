@@ -274,11 +274,11 @@ def test_shared_memory():
     net, x = made("rows")
     net.share_memory()
     before = net(x)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     done = context.Queue()
     process = context.Process(target=_train, args=(net, x, done), daemon=True)
     process.start()
-    assert done.get(timeout=200) == net.stats.nfe
+    assert done.get(timeout=90) == net.stats.nfe
     process.join(20)
     after = net(x)
     assert not torch.equal(before, after)

@@ -129,13 +129,18 @@ class Recognized(SpecField):
             Like the state, or its first rows; None if the code raises, or returns something else.
         """
         few = len(x) > CHECKED_ROWS and len(x) in self._checked and not self._whole_batch
-        rows = x.detach()[:CHECKED_ROWS] if few else x.detach().clone()
+        # Without gradients no view is written to: a field that would is not recognised.
+        rows = x.detach() if x.requires_grad else x
+        rows = rows[:CHECKED_ROWS] if few else rows.clone()
         if columns:
             rows = nn.functional.pad(rows, (0, 0) * (x.dim() - 2) + (0, columns))
         self._around.accept()
         try:
             with torch.no_grad():
-                value = func(t[0].to(rows), rows)
+                time = t[0]
+                if time.dtype is not x.dtype or time.device != x.device:
+                    time = time.to(rows)
+                value = func(time, rows)
         except Exception:
             value = None
         self._around.restore()
@@ -184,12 +189,12 @@ class _Known:
 _known: weakref.WeakKeyDictionary[Any, dict[Any, _Known]] = weakref.WeakKeyDictionary()
 
 
-def recognize(func: Callable[..., Any], t: float, y: Tensor) -> Recognized | str:
+def recognize(func: Callable[..., Any], t: float | Tensor, y: Tensor) -> Recognized | str:
     """A callable as a field that the kernels can run, or why it is none.
 
     Args:
         func: Maps (t, y) to dy/dt.
-        t: A time, the user's, at which it may be called.
+        t: A time, the user's, at which it may be called; one element.
         y: A state at which it may be called, float32 or float64, [batch, ...] or [dim].
     """
     known = _of(func)
@@ -212,7 +217,7 @@ def recognize(func: Callable[..., Any], t: float, y: Tensor) -> Recognized | str
         if len(known.fields) >= MOST_KEPT:
             known.fields.clear()
         with _apart():
-            known.fields[key] = _look_at(func, t, y, known)
+            known.fields[key] = _look_at(func, float(t), y, known)
     return known.fields[key]
 
 
@@ -298,14 +303,22 @@ def _of(func: Callable[..., Any]) -> _Known | None:
     """Where a callable's traces are kept: with a module or object, or with a function's code."""
     owner, part = _owner(func)
     try:
-        if owner not in _known and len(_known) >= MOST_KEPT:
-            _known.clear()
-        return _known.setdefault(owner, {}).setdefault(part, _Known())
+        parts = _known.get(owner)
+        if parts is None:
+            if len(_known) >= MOST_KEPT:
+                _known.clear()
+            parts = _known[owner] = {}
+        known = parts.get(part)
+        if known is None:
+            known = parts[part] = _Known()
+        return known
     except TypeError:
         return None
 
 
 def _owner(func: Any) -> tuple[Any, Any]:
+    if isinstance(func, nn.Module):
+        return func, None
     if isinstance(func, functools.partial):
         return _owner(func.func)
     if isinstance(func, types.MethodType):

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, fx
 
 from anode_fast.kernels.program import STATE, TIME, Instruction, Program
-from anode_fast.recognize.trace import NotKnown, Weights, args_of, name_of, shape_of
+from anode_fast.recognize.trace import (
+    NotKnown,
+    Weights,
+    args_of,
+    name_of,
+    schema_of,
+    shape_of,
+)
 from anode_fast.spec import ACTIVATIONS, MLPSpec
 
 
@@ -298,14 +305,9 @@ def _replace(value: _Value, number: int) -> _Value:
     return _Value(number, value.width, value.flat, value.same)
 
 
-def _operation(node: fx.Node) -> torch._ops.OpOverload:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return node.target
-
-
 def _arguments(node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
     """Arguments of the node's call in this order, defaults where it does not give them."""
-    schema = {a.name: i for i, a in enumerate(_operation(node)._schema.arguments)}
+    schema = {a.name: i for i, a in enumerate(schema_of(node).arguments)}
     found = []
     for name in (*names, *defaults):
         i = schema[name]

@@ -32,8 +32,7 @@ class Surroundings:
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        # Their dicts: the callable itself may be a module, and is not to be kept alive.
-        self._modules: list[dict[str, Any]] = []
+        self._hooks: list[dict[Any, Any]] = []
         self.counters: list[tuple[_Place, int]] = []
         self._dicts: list[dict[Any, Any]] = []
         self._lists: list[list[Any]] = []
@@ -107,7 +106,7 @@ class Surroundings:
         members = x.__dict__
         self._dicts.append(members)
         if isinstance(x, nn.Module):
-            self._modules.append(members)
+            self._hooks += [members[name] for name in _HOOKS]
             # The module's other dicts are of hooks: `has_hooks` looks at them.
             for name in ("_parameters", "_buffers", "_modules"):
                 self._look(members[name])
@@ -197,11 +196,8 @@ class Surroundings:
             place.set(self, place.get(self) + calls * step)
 
     def has_hooks(self) -> bool:
-        """Whether a module among it has hooks, or a forward of its own beside its class's."""
-        return nn.modules.module._has_any_global_hook() or any(
-            "forward" in members or any(members[name] for name in _HOOKS)
-            for members in self._modules
-        )
+        """Whether a module among it has hooks."""
+        return any(self._hooks) or nn.modules.module._has_any_global_hook()
 
     def getter(self, tensor: Tensor) -> Callable[[], Any]:
         """What fetches a tensor from where it is held, so that another one there is found too."""

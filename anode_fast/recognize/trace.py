@@ -21,6 +21,12 @@ def name_of(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def schema_of(node: fx.Node) -> Any:
+    """Of an operation: names and defaults of its arguments."""
+    target: Any = node.target
+    return target._schema
+
+
 def args_of(node: fx.Node) -> tuple[Any, ...]:
     """Of an operation, whatever they are."""
     return node.args

@@ -264,13 +264,37 @@ def with_odeint(
     )
 
 
-def with_anode_fast(case: Case, backend: str = "auto") -> TorchRival:
+def with_anode_fast(
+    case: Case, backend: str = "auto", field: nn.Module | None = None
+) -> TorchRival:
     """Our side: the backend that a user gets, or a named one, and the discrete gradient.
 
     The times are on the CPU, where it wants to know them, whatever the device.
     """
     ours = functools.partial(anode_fast.odeint, gradient="discrete", backend=backend)
-    return with_odeint(ours, case, times_on="cpu")
+    return with_odeint(ours, case, field=field, times_on="cpu")
+
+
+class UsersField(nn.Module):
+    """An MLPField's function as public code writes it, with the same weights: time concatenated.
+
+    Args:
+        field: With relu and time_dependent=True. Its layers are used, not copied.
+    """
+
+    def __init__(self, field: MLPField) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = field.layers
+        self.relu = nn.ReLU(inplace=True)
+        self.nfe = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt for y [batch, dim] at a time that is 0-d."""
+        self.nfe += 1
+        time = torch.ones(y.shape[0], 1, device=y.device) * t
+        h = self.relu(self.fc1(torch.cat([time, y], 1)))
+        found: Tensor = self.fc3(self.relu(self.fc2(h)))
+        return found
 
 
 def first_step(case: Case) -> float:

@@ -23,6 +23,7 @@ import torchdiffeq
 from benchmarks.speed.rivals import (
     Case,
     DiffraxRival,
+    UsersField,
     backend,
     with_anode_fast,
     with_odeint,
@@ -36,6 +37,8 @@ HEADLINE = {
     Case(batch=3000, threads=2): (10, 5),
     Case(batch=3000, threads=2, gradient=True): (10, 5),
 }
+USERS = tuple(HEADLINE)
+USERS_SHARE = {3000: 0.9}  # of the speed of an MLPField, for a field that a user wrote
 SCALING = 1.8  # times faster on two threads, at batch 16384
 
 
@@ -77,6 +80,21 @@ def test_cpu_headline(case, versus, diffrax_worker):
         }
         targets = {"torchdiffeq": to_torchdiffeq, "diffrax": to_diffrax}
         versus(case, rivals, targets=targets, effort=8)
+
+
+@pytest.mark.benchmark(group="CPU: a field that a user wrote")
+@pytest.mark.parametrize("case", USERS, ids=str)
+def test_cpu_users_field(case, versus):
+    """The same field as a module of the user's, by our kernels and by torchdiffeq, and MLPField."""
+    with torch.set_grad_enabled(case.gradient):
+        rivals = {
+            "anode_fast": with_anode_fast(case, "cpu", UsersField(case.field)),
+            "anode_fast, MLPField": with_anode_fast(case, "cpu"),
+            "torchdiffeq": with_odeint(torchdiffeq.odeint, case, field=UsersField(case.field)),
+        }
+        share = USERS_SHARE.get(case.batch)
+        targets = {"anode_fast, MLPField": share} if share else {}
+        versus(case, rivals, targets=targets, effort=4)
 
 
 @pytest.mark.benchmark(group="CPU: against torchdiffeq")
