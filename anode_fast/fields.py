@@ -290,7 +290,8 @@ class SpecField:
         """
         self.count(1)
         if tensors:
-            _check_dtype("the field", y, tensors[0])
+            names = {MLPSpec: "MLPField", ConvSpec: "ConvField"}
+            _check_dtype(names.get(type(self.specs[0]), "the field"), y, tensors[0])
         spec = self.specs[-1]
         if isinstance(spec, ConvSpec):
             return evaluate_convolutions(spec, tensors, t, y)
