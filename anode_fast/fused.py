@@ -239,11 +239,10 @@ def has_hooks(func: Any) -> bool:
     )
 
 
-def has_callbacks(func: Callable[..., Any]) -> bool:
+def has_callbacks(func: Any) -> bool:
     """Whether the user's field wants to be told of steps."""
     # Not by hasattr, which takes a module a microsecond for each name.
-    own: Any = getattr(func, "__dict__", {})
-    return not _CALLBACKS.isdisjoint(own) or _tells(type(func))
+    return not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())) or _tells(type(func))
 
 
 @functools.lru_cache(maxsize=1024)
