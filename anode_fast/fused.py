@@ -242,7 +242,8 @@ def has_hooks(func: Any) -> bool:
 def has_callbacks(func: Any) -> bool:
     """Whether the user's field wants to be told of steps."""
     # Not by hasattr, which takes a module a microsecond for each name.
-    return not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())) or _tells(type(func))
+    kind: Any = type(func)
+    return not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())) or _tells(kind)
 
 
 @functools.lru_cache(maxsize=1024)
