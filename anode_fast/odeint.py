@@ -382,6 +382,11 @@ def _recognized(
         return None, f"the state is {x.dtype}, want float32 or float64"
     if x.dim() < 1 or x.numel() == 0 or not callable(func):
         return None, "the state has no features"
+    if settings.step_control == "sample" and x.dim() not in (2, 4):
+        return (
+            None,
+            "every row of [batch, ...] takes its own steps, the kernels' rows are [batch, dim]",
+        )
     if why := fused.why_not_now(x.device.type):
         return None, why
     if fused.has_callbacks(func):

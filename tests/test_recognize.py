@@ -295,6 +295,28 @@ def test_the_first_evaluation_finds_what_was_not_seen():
         assert odeint(field, y0, T, return_stats=True)[1].backend == "reference"
 
 
+def test_the_first_evaluation_of_images_is_looked_at_too():
+    hidden = Hidden()
+    hidden.value = F.relu
+
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.c = nn.Conv2d(4, 2, 1)
+
+        def forward(self, t, x):
+            return self.c(hidden.value(self.b(hidden.value(self.a(x)))))
+
+    field, y0 = Convolutions(), torch.randn(3, 2, 5, 5)
+    assert odeint(field, y0, T, return_stats=True)[1].backend == "cpu"
+    hidden.value = torch.tanh
+    with pytest.warns(UserWarning, match="its own code is used from now on"):
+        got, stats = odeint(field, y0, T, return_stats=True)
+    assert stats.backend == "reference"
+    torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-6)
+
+
 def test_code_that_looks_at_the_size_of_the_batch():
     def field(t, y):
         return -y if y.shape[0] < 20 else -2 * y
@@ -396,6 +418,15 @@ def test_a_block_recognises_its_field():
         assert block.stats.backend == "cpu"
         want = AugODEBlock(block.field, 2, backend="reference")(x)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_several_parts_takes_its_steps_as_one():
+    field, y0 = Field(), torch.randn(3, 4, 2)
+    assert backend_of(field, y0) == "cpu"
+    assert backend_of(field, y0, step_control="sample") == "reference"
+    got = odeint(field, y0, T, step_control="sample")
+    torch.testing.assert_close(got, reference(field, y0, step_control="sample"))
+    assert backend_of(field, y0[:, 0], step_control="sample") == "cpu"
 
 
 def test_users_modes_see_no_trace():
