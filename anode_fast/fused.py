@@ -241,14 +241,11 @@ def has_hooks(func: Any) -> bool:
 
 def has_callbacks(func: Any) -> bool:
     """Whether the user's field wants to be told of steps."""
-    # Not by hasattr, which takes a module a microsecond for each name.
-    kind: Any = type(func)
-    return not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())) or _tells(kind)
-
-
-@functools.lru_cache(maxsize=1024)
-def _tells(kind: type) -> bool:
-    return any(hasattr(kind, name) for name in _CALLBACKS)
+    # Not of the object by hasattr, which takes a module a microsecond for each name.
+    kind = type(func)
+    return not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())) or any(
+        hasattr(kind, name) for name in _CALLBACKS
+    )
 
 
 def name_of(func: Callable[..., Any]) -> str:
