@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from anode_fast import fused, reference
 from anode_fast.kernels import gpu
-from anode_fast.problem import ADAPTIVE, FIXED, Problem, rms_norm
+from anode_fast.problem import ADAPTIVE, FIXED, Problem
 from anode_fast.reference.runge_kutta import AdaptiveRecipe, check_deterministic
 from anode_fast.reference.step import Interval, Recipe, Step
 from anode_fast.stats import SolveStats, Status
@@ -27,7 +27,7 @@ from anode_fast.tableau import TABLEAUS
 
 def why_not(problem: Problem) -> str:
     """Why this cannot solve a problem without a graph; "" if it can."""
-    func, options, y0 = problem.original, problem.options, problem.y0
+    func, y0 = problem.original, problem.y0
     if absent := gpu.missing() or gpu.why_not_on(y0.device):
         return str(absent)
     if problem.family not in (FIXED, ADAPTIVE):
@@ -44,19 +44,8 @@ def why_not(problem: Problem) -> str:
         return "the state is no plain tensor of less than 2**31 entries"
     if len(problem.times) == 1:
         return "there is nothing to solve"
-    if problem.shifts is not None:
-        return "a gradient with respect to t is wanted"
-    if isinstance(problem.rtol, Tensor) or isinstance(problem.atol, Tensor):
-        return "rtol or atol is a tensor"
-    if problem.family == ADAPTIVE and problem.norm is not rms_norm:
-        return "it has the option norm"
-    for name in ("step_t", "jump_t"):
-        if name in options:
-            return f"it has the option {name}"
-    if problem.family == FIXED and problem.perturb:
-        return "it has the option perturb"
-    if fused.has_callbacks(func):
-        return "the field has callbacks"
+    if why := fused.why_not_steps(problem):
+        return why
     if isinstance(func, nn.Module) and _notes_evaluations(func):
         return "the field has buffers and is in training mode: more evaluations would change them"
     return fused.why_not_now(y0.device.type)

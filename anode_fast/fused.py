@@ -80,7 +80,7 @@ def why_not(backend: str, problem: Problem, spec: Spec, parameters: Sequence[Any
         spec: Of the field.
         parameters: The field's tensors.
     """
-    func, options, y0 = problem.original, problem.options, problem.y0
+    func, y0 = problem.original, problem.y0
     absent = library.missing() if backend == "cpu" else gpu.missing()
     if absent:
         return str(absent)
@@ -103,6 +103,15 @@ def why_not(backend: str, problem: Problem, spec: Spec, parameters: Sequence[Any
         return "there is nothing to solve"
     if why := why_not_tensors(spec, y0, parameters):
         return why
+    if why := why_not_steps(problem):
+        return why
+    if isinstance(func, nn.Module) and has_hooks(func):
+        return "the field has hooks or a forward of its own, which would not run"
+    return _why_not_field(backend, spec, y0) or why_not_now(y0.device.type)
+
+
+def why_not_steps(problem: Problem) -> str:
+    """Why no kernels can make a problem's steps, whoever evaluates its field; "" if they can."""
     if problem.shifts is not None:
         return "a gradient with respect to t is wanted"
     if isinstance(problem.rtol, Tensor) or isinstance(problem.atol, Tensor):
@@ -110,15 +119,13 @@ def why_not(backend: str, problem: Problem, spec: Spec, parameters: Sequence[Any
     if problem.family == ADAPTIVE and problem.norm is not rms_norm:
         return "it has the option norm"
     for name in ("step_t", "jump_t"):
-        if name in options:
+        if name in problem.options:
             return f"it has the option {name}"
     if problem.family == FIXED and problem.perturb:
         return "it has the option perturb"
-    if has_callbacks(func):
+    if has_callbacks(problem.original):
         return "the field has callbacks"
-    if isinstance(func, nn.Module) and has_hooks(func):
-        return "the field has hooks or a forward of its own, which would not run"
-    return _why_not_field(backend, spec, y0) or why_not_now(y0.device.type)
+    return ""
 
 
 def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
@@ -246,12 +253,6 @@ def has_callbacks(func: Any) -> bool:
     return not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())) or any(
         hasattr(kind, name) for name in _CALLBACKS
     )
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """What a field is called in a message."""
-    name = type(func).__name__ if isinstance(func, nn.Module) else getattr(func, "__name__", "")
-    return f"{'an nn.Module' if isinstance(func, nn.Module) else 'a function'} {name}".rstrip()
 
 
 # --- what runs a call -----------------------------------------------------------------------------
