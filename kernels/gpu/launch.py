@@ -3,9 +3,10 @@
 One table, no tuning at run time: a solve runs the same way every time. What stands in it was chosen
 by compiling candidates for each architecture, not by timing them: of those that spill no register,
 the one whose instructions wait least on the path of a step; for many rows, the one that has most of
-them under way on a multiprocessor meanwhile (`python -m benchmarks.tune --estimate 90`). `python -m
-anode_fast.kernels.gpu.aot --check` compiles what the table holds; `python -m benchmarks.tune` times
-the candidates on a card and prints it anew.
+them under way on a multiprocessor meanwhile (`python -m benchmarks.tune --estimate 90`). Gradients
+of many rows for 32 units, and of images for 64 filters, were timed on a card (docs/gpu-results.md):
+the fastest spill. `python -m anode_fast.kernels.gpu.aot --check` compiles what the table holds;
+`python -m benchmarks.tune` times the candidates on a card and prints it anew.
 """
 
 from __future__ import annotations
