@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.fields import ConvField, MLPField
-from anode_fast.odeint import Settings, pad, solve
-from anode_fast.problem import ADAPTIVE, FAMILIES
+from anode_fast.odeint import Settings, solve
+from anode_fast.problem import ADAPTIVE, FAMILIES, pad
 from anode_fast.spec import size
 from anode_fast.stats import SolveStats
 

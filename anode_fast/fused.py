@@ -512,7 +512,8 @@ class Call:
         grid: Grid of fixed steps; if empty it is made from the times.
         problem: Makes the problem in normal form from x, for errors; for second derivatives from
             x, the field's tensors and the user's times as they were.
-        expected: What the field's own code gives at the start, for some of the first rows.
+        expected: What the field's own code gives at the start, for some of the first rows; of
+            images on a GPU, whether that differs from the field's value: a bool on the device.
         stats: The counts.
         checkpoints: Of the forward solve.
         later: Of a captured one: what finds its outcome.

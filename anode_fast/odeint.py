@@ -6,10 +6,9 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -28,6 +27,7 @@ from anode_fast.problem import (
     Problem,
     State,
     make_problem,
+    pad,
 )
 from anode_fast.recognize import Recognized, for_graph, recognize, refuse
 from anode_fast.spec import ConvSpec, described
@@ -393,7 +393,7 @@ def _recognized(
         return None, "the field has callbacks"
     if not isinstance(t, Tensor) or t.requires_grad or t.dim() != 1 or not len(t):
         return None, "a gradient with respect to t is wanted"
-    found = recognize(func, t[0], pad(x, columns))
+    found = recognize(func, t, x, columns)
     return (None, found) if isinstance(found, str) else (found, "")
 
 
@@ -428,7 +428,7 @@ def _solve_known(
         return settings.problem(functools.partial(known.evaluate, tensors), pad(x, columns), then)
 
     if memo and memo.native and known is not None and isinstance(x, Tensor):
-        expected = _expected(known, func, x, t, columns)
+        expected = _expected(known, func, x, t, columns, memo.native.backend)
         call = fused.Call(memo.native, known, memo.times, (), problem_from, expected)
         return fused.run(call, x, memo.tensors, t.dtype), call.stats
     problem = settings.problem(func, pad(x, columns), t, warn=True)
@@ -436,7 +436,7 @@ def _solve_known(
     plan = settings.plan(problem, backward, known, unknown)
     if plan.backend == "cpu" and isinstance(plan.spec, ConvSpec) and isinstance(x, Tensor):
         native = NativeConvField(known)
-        expected = _expected(known, func, x, t, columns)
+        expected = _expected(known, func, x, t, columns, plan.backend)
         if expected is not None and not native.agrees(problem.t[:1], problem.y0, expected):
             raise fused.FieldDiffers
         problem.field.func = native
@@ -456,7 +456,7 @@ def _solve_known(
         if memo and _says_nothing(problem, settings.options):
             fused.remember(memo, prepared)
         grid = [point for point, _ in problem.grid()] if prepared.fixed else []
-        expected = _expected(known, func, x, t, columns)
+        expected = _expected(known, func, x, t, columns, plan.backend)
         call = fused.Call(prepared, known, problem.times, grid, problem_from, expected)
         return fused.run(call, x, known.tensors(), t.dtype), call.stats
     if plan.backend == "reference" and settings.backend != "reference" and not plan.by_row:
@@ -471,25 +471,19 @@ def _expected(
     x: Tensor,
     t: Tensor,
     columns: int,
+    backend: str,
 ) -> Tensor | None:
-    """What a user's own code gives at the start, for the kernels to compare."""
+    """What a user's own code gives at the start, for the kernels to compare.
+
+    Of images on a GPU, whose kernels evaluate whole batches only, the outcome of the comparison.
+    """
     if not isinstance(known, Recognized):
         return None
     expected = known.expected(func, t, x, columns)
     if expected is None:
         raise fused.FieldDiffers
-    return expected
-
-
-_State = TypeVar("_State", bound=State)
-
-
-def pad(x: _State, columns: int) -> _State:
-    """The state x with zeros appended along dim 1."""
-    if not columns or not isinstance(x, Tensor):
-        return x
-    # F.pad counts from the last dim.
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, columns))  # type: ignore[return-value]
+    is_compared = backend != "triton" or x.dim() == 2
+    return expected if is_compared else known.differs(expected, t, x, columns)
 
 
 def _says_nothing(problem: Problem, options: Options | None) -> bool:

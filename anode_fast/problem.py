@@ -15,9 +15,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anode_fast.distributed import SharedNorm
@@ -349,6 +350,17 @@ def step_grid(t: Tensor, step_size: float) -> list[float]:
             "step_size, or t.double()."
         )
     return grid
+
+
+_AnyState = TypeVar("_AnyState", bound=State)
+
+
+def pad(x: _AnyState, columns: int) -> _AnyState:
+    """The state x with zeros appended along dim 1."""
+    if not columns or not isinstance(x, Tensor):
+        return x
+    # F.pad counts from the last dim.
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, columns))  # type: ignore[return-value]
 
 
 def make_problem(

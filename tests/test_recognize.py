@@ -49,7 +49,7 @@ def backend_of(field, y0, **options):
 
 
 def spec_of(func, *shape):
-    found = recognize(func, 0.5, torch.rand(shape))
+    found = recognize(func, torch.tensor([0.5]), torch.rand(shape))
     assert isinstance(found, Recognized), found
     return found.spec()
 
@@ -380,7 +380,7 @@ def test_a_module_is_not_kept_alive():
 )
 def test_what_kernels_do_not_know(name, field):
     y0 = torch.rand(3, 2, requires_grad=True)
-    found = recognize(field, 0.0, y0)
+    found = recognize(field, T, y0)
     assert isinstance(found, str) and found
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from anode_fast.fields import SpecField
+from anode_fast.problem import pad
 from anode_fast.recognize.images import Images
 from anode_fast.recognize.rows import Rows, as_mlp
 from anode_fast.recognize.surroundings import Surroundings
@@ -36,6 +37,8 @@ CHECKED_ROWS = 8
 
 MOST_CHANGES = 4
 """Calls in a row that find a callable changed. Then it is not traced any more."""
+
+_ROUNDING_UNITS = 128
 
 MOST_KEPT = 64
 """Callables, and of each the shapes of states, whose traces are kept."""
@@ -131,16 +134,11 @@ class Recognized(SpecField):
         few = len(x) > CHECKED_ROWS and len(x) in self._checked and not self._whole_batch
         # Without gradients no view is written to: a field that would is not recognised.
         rows = x.detach() if x.requires_grad else x
-        rows = rows[:CHECKED_ROWS] if few else rows.clone()
-        if columns:
-            rows = nn.functional.pad(rows, (0, 0) * (x.dim() - 2) + (0, columns))
+        rows = pad(rows[:CHECKED_ROWS] if few else rows.clone(), columns)
         self._around.accept()
         try:
             with torch.no_grad():
-                time = t[0]
-                if time.dtype is not x.dtype or time.device != x.device:
-                    time = time.to(rows)
-                value = func(time, rows)
+                value = func(_first(t, x), rows)
         except Exception:
             value = None
         self._around.restore()
@@ -151,6 +149,29 @@ class Recognized(SpecField):
             return None
         self._checked.add(len(x))
         return value
+
+    def differs(self, expected: Tensor, t: Tensor, x: Tensor, columns: int) -> Tensor:
+        """Whether the field's own value differs from what `expected` gave by more than rounding.
+
+        By PyTorch's operations, as the callable has them; waits for no device.
+
+        Args:
+            expected: What it gave.
+            t, x, columns: As there.
+
+        Returns:
+            A bool, 0-d, on the state's device.
+        """
+        with torch.no_grad():
+            found = self.evaluate(self.tensors(), _first(t, x), pad(x[: len(expected)], columns))
+            self.nfe -= 1
+            self._around.count(-1)
+            eps = torch.finfo(x.dtype).eps
+            if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+                eps = 2**-11
+            most = _ROUNDING_UNITS * eps * expected.abs().where(expected.isfinite(), 0.0).amax()
+            near = (found - expected).abs() <= most
+            return ~(near | (found == expected) | (found.isnan() & expected.isnan())).all()
 
     def compare(self, func: Callable[..., Any], t: float, y: Tensor) -> None:
         """Compares value and gradients with those of the callable's own code at a state.
@@ -189,20 +210,21 @@ class _Known:
 _known: weakref.WeakKeyDictionary[Any, dict[Any, _Known]] = weakref.WeakKeyDictionary()
 
 
-def recognize(func: Callable[..., Any], t: float | Tensor, y: Tensor) -> Recognized | str:
+def recognize(func: Callable[..., Any], t: Tensor, x: Tensor, columns: int = 0) -> Recognized | str:
     """A callable as a field that the kernels can run, or why it is none.
 
     Args:
         func: Maps (t, y) to dy/dt.
-        t: A time, the user's, at which it may be called; one element.
-        y: A state at which it may be called, float32 or float64, [batch, ...] or [dim].
+        t: Times, the user's; it may be called at the first.
+        x: A state at which it may be called, float32 or float64, [batch, ...] or [dim].
+        columns: Zeros to append to it along dim 1.
     """
     known = _of(func)
     if known is None:
         return "the field is an object that cannot be remembered (it has no hash)"
     if known.changes >= MOST_CHANGES:
         return "the field, or what it uses, changes from call to call"
-    key = (y.shape[1:] if y.dim() > 1 else y.shape, y.dim(), y.dtype, y.device)
+    key = (x.shape[1:] if x.dim() > 1 else x.shape, x.dim(), columns, x.dtype, x.device)
     around = known.around
     if around is not None:
         if around.has_hooks():
@@ -217,7 +239,7 @@ def recognize(func: Callable[..., Any], t: float | Tensor, y: Tensor) -> Recogni
         if len(known.fields) >= MOST_KEPT:
             known.fields.clear()
         with _apart():
-            known.fields[key] = _look_at(func, float(t), y, known)
+            known.fields[key] = _look_at(func, float(t[0]), pad(x, columns), known)
     return known.fields[key]
 
 
@@ -289,6 +311,13 @@ def refuse(func: Callable[..., Any], why: str) -> None:
     known = _of(func)
     if known is not None:
         known.fields = dict.fromkeys(known.fields, why)
+
+
+def _first(t: Tensor, x: Tensor) -> Tensor:
+    """The first time, where and as the state is."""
+    time = t[0]
+    is_alike = time.dtype is x.dtype and time.device == x.device
+    return time if is_alike else time.to(x)
 
 
 @contextlib.contextmanager

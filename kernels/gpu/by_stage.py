@@ -31,6 +31,7 @@ from anode_fast.kernels.gpu.launch import ConvLaunch
 from anode_fast.kernels.gpu.launch import why_not as why_not
 from anode_fast.kernels.interface import (
     BATCH,
+    FIELD_DIFFERS,
     FIXED,
     NON_FINITE,
     NON_FINITE_INPUT,
@@ -136,7 +137,7 @@ class Solve(host.Solver):
         times: Sequence[float],
         grid: Sequence[float] = (),
         keep: bool = False,
-        expected: Tensor | None = None,
+        differs: Tensor | None = None,
     ) -> tuple[Tensor, host.Result, Checkpoints | None]:
         """Solves.
 
@@ -146,13 +147,21 @@ class Solve(host.Solver):
             times: Output times, increasing.
             grid: For fixed steps: where they begin and end.
             keep: Whether to keep checkpoints.
+            differs: Whether the field has turned out to be another than it was expected to be: a
+                bool, 0-d, on x's device. Then the outcome is FIELD_DIFFERS; while a CUDA graph is
+                captured the solution is nan.
 
         Returns:
             The solution [times, images, channels, height, width], counts and outcome, and the
             checkpoints, None if not asked for or if the solve failed.
         """
+        arguments = (x, parameters, tuple(times), tuple(grid), keep, differs)
         with host.on(x.device):
-            out, result, checkpoints = self._forward(x, parameters, tuple(times), tuple(grid), keep)
+            is_captured = host.is_captured(x.device)
+            told = host.sent(differs) if differs is not None and not is_captured else None
+            out, result, checkpoints = self._forward(*arguments)
+            if told is not None and told():
+                result.status = FIELD_DIFFERS
         return out, result, checkpoints if keep and result.status == SUCCESS else None
 
     def _precision(self) -> str:
@@ -255,6 +264,7 @@ class Solve(host.Solver):
         times: tuple[float, ...],
         grid: tuple[float, ...],
         keep: bool,
+        differs: Tensor | None,
     ) -> tuple[Tensor, host.Result, Checkpoints]:
         layout = self._layout("forward", x.shape, self._precision(), x.device)
         F, S, is_fixed = layout.F, self.stages, self.control == FIXED
@@ -272,6 +282,8 @@ class Solve(host.Solver):
         states = host.empty(x, (capacity + 1 if keep else 2, 2, layout.total, F.D))
         steps = host.empty(x, (layout.groups, 0 if is_fixed else capacity, 2), torch.float64)
         control = host.zeros(x, (layout.groups, host.CONTROL))
+        if differs is not None:
+            control[:, host.DIFFERS] = differs
         weights = self._packed(parameters, F)
         hidden = host.empty(x, (layout.total if F.through_memory else 0, F.N))
         state = (layout.total, F.D)
@@ -343,14 +355,15 @@ class Solve(host.Solver):
             result = host.Result(
                 nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=launches
             )
-            if not host.never_waits(x.device):
+            if is_captured:
+                host.spoil(host.differs(control), out)
+            elif not host.never_waits(x.device):
                 self._look_at(out, result)
             return out, result, kept(result)
         if is_captured:
             launches += queued.launch(self._captured_attempts() + 2)
             result = host.Result(launches=launches, later=outcome)
-            failed = (control[:, host.STATUS] != controller.SUCCESS.value).any()
-            out.masked_fill_(failed, math.nan)
+            host.spoil(host.failed(control), out)
             return out, result, kept(result)
         while True:
             launches += queued.launch_chunk()
@@ -501,9 +514,10 @@ class Solve(host.Solver):
             grads = product.gradients(product.sums[0]) if wanted else []
         result = host.Result(nfe=forward.nfe_again, launches=launches + 1)
         if found := forward.later:
-            failed = checkpoints.control[:, host.STATUS] != controller.SUCCESS.value
-            host.spoil(failed.any(), x_grad, *grads)
+            host.spoil(host.failed(checkpoints.control), x_grad, *grads)
             result.later = lambda: dataclasses.replace(result, nfe=found().nfe_again, later=None)
+        elif host.is_captured(grad.device):
+            host.spoil(host.differs(checkpoints.control), x_grad, *grads)
         return x_grad if x is not None else None, grads, result
 
     def continuous_gradient(

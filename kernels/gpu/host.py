@@ -321,6 +321,20 @@ def sent(number: Tensor) -> Callable[[], float]:
     return wait
 
 
+def failed(control: Tensor) -> Tensor:
+    """Whether a solve has failed, or its field is not what it was expected to be; on the device."""
+    return torch.any((control[..., STATUS] != controller.SUCCESS.value) | _differs(control))
+
+
+def differs(control: Tensor) -> Tensor:
+    """Whether the field of a solve is not what it was expected to be; on the device."""
+    return torch.any(_differs(control))
+
+
+def _differs(control: Tensor) -> Tensor:
+    return control[..., DIFFERS] != 0
+
+
 def spoil(failed: Tensor, *found: Tensor | None) -> None:
     """Makes a result nan if `failed`, a single bool on the device."""
     for tensor in found:

@@ -274,7 +274,7 @@ class Solve(host.Solver):
         )
         host.launch(known, runge_kutta.fixed, (programs,), arguments)
         if expected is not None and differs is None:
-            host.spoil(control[0, host.DIFFERS] != 0, out)
+            host.spoil(host.differs(control), out)
         evaluations = sum(last - first for _, _, first, last in plan)
         result = host.Result(nfe=evaluations, nfe_again=evaluations, accepted=num_steps, launches=1)
         if not host.never_waits(x.device):
@@ -350,7 +350,7 @@ class Solve(host.Solver):
             launches = 1 if programs == 1 else self._captured_attempts() + 2
             queue().launch(launches)
             result = host.Result(launches=launches, later=functools.partial(_told, outcome))
-            host.spoil(self._failed(control), out)
+            host.spoil(host.failed(control), out)
         else:
             queued = queue()
             while True:
@@ -419,19 +419,13 @@ class Solve(host.Solver):
             return result
 
         if is_captured:
-            host.spoil(self._failed(control), out)
+            host.spoil(host.failed(control), out)
         later = functools.partial(_told, outcome)
         result = host.Result(launches=launches, later=later) if is_captured else outcome()
         kept = Checkpoints(
             states, steps, arguments["scratch"], control, times_on, rows, 0, arguments["B"], result
         )
         return out, result, kept
-
-    @staticmethod
-    def _failed(control: Tensor) -> Tensor:
-        """Whether a solve has failed, or its field is not what it was expected to be."""
-        failed = control[..., host.STATUS] != controller.SUCCESS.value
-        return torch.any(failed | (control[..., host.DIFFERS] != 0))
 
     def _merged(self, state: Tensor, counts: Tensor) -> host.Result:
         """The tiles' outcomes as one.
@@ -539,8 +533,10 @@ class Solve(host.Solver):
         forward, launches = checkpoints.result, 2 if wanted else 1
         result = host.Result(nfe=forward.nfe_again, launches=launches)
         if found := forward.later:
-            host.spoil(self._failed(checkpoints.control), x_grad, *grads)
+            host.spoil(host.failed(checkpoints.control), x_grad, *grads)
             result.later = lambda: host.Result(nfe=found().nfe_again, launches=launches)
+        elif host.is_captured(grad.device):
+            host.spoil(host.differs(checkpoints.control), x_grad, *grads)
         return x_grad if x is not None else None, grads, result
 
     def continuous_gradient(

@@ -377,3 +377,57 @@ def test_a_captured_solve_that_failed_is_nan(device, monkeypatch):
     found, stats = solved(f64, device, "triton", options=options)
     assert all(value.isnan().all() for value in found.values())
     assert stats.status.name == "MAX_STEPS"
+
+
+# --- users' own fields ----------------------------------------------------------------------------
+
+
+class Hidden:
+    """Holds what nobody sees."""
+
+    __slots__ = ("activation",)
+
+
+class Convolutions(torch.nn.Module):
+    """A user's field."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.c = torch.nn.Conv2d(8, 3, 1)
+        self.hidden = Hidden()
+        self.hidden.activation = activation
+
+    def forward(self, t, y):
+        act = self.hidden.activation
+        return self.c(act(self.b(act(self.a(y)))))
+
+
+@pytest.mark.parametrize("given", [FEW, FEW | dict(step_control="sample"), dict(method="euler")])
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_the_first_evaluation_is_compared(given, is_captured, device, monkeypatch):
+    field, x = Convolutions(torch.relu).to(device, f64), state(f64, device)
+    t = torch.tensor([0.0, 0.5], dtype=f64)
+    budget = {"step_size": 0.25} if given["method"] == "euler" else {"max_num_steps": 3}
+    given = dict(backend="triton", rtol=0.1, atol=0.1, options=budget) | given
+    y, stats = odeint(field, x, t, return_stats=True, **given)
+    assert stats.backend == "triton"
+    torch.testing.assert_close(y, odeint(field, x, t, **given | dict(backend="reference")))
+    field.hidden.activation = torch.tanh
+    x.requires_grad_()
+    if is_captured:  # there is no time to look
+        monkeypatch.setattr(host, "is_captured", lambda device: True)
+        y = odeint(field, x, t, **given)
+        assert y.isnan().all()
+        assert torch.autograd.grad(y.sum(), x)[0].isnan().all()
+        return
+    why = "not that of the operations in its trace"
+    with pytest.warns(UserWarning, match=why), pytest.raises(ValueError, match=why):
+        odeint(field, x, t, **given)
+
+
+def test_a_first_evaluation_that_is_nowhere_finite(device):
+    field, x = Convolutions(torch.relu).to(device, f64), state(f64, device)
+    torch.nn.init.constant_(field.a.weight, math.nan)
+    with pytest.raises(NonFiniteState):
+        odeint(field, x, torch.tensor([0.0, 0.5], dtype=f64), backend="triton")
