@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from anode_fast.errors import InvalidArgument, InvalidType
+from anode_fast.execute import solve
 from anode_fast.fields import ConvField, MLPField
-from anode_fast.odeint import Settings, solve
 from anode_fast.problem import ADAPTIVE, FAMILIES, pad
+from anode_fast.settings import Settings
 from anode_fast.spec import size
 from anode_fast.stats import SolveStats
 

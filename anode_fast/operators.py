@@ -23,8 +23,9 @@ from torch import Tensor
 
 from anode_fast import fused
 from anode_fast.errors import InvalidArgument
+from anode_fast.execute import solve
 from anode_fast.fields import SpecField
-from anode_fast.odeint import AdjointArguments, Settings, solve
+from anode_fast.settings import AdjointArguments, Settings
 from anode_fast.spec import ConvSpec, Spec, from_description
 from anode_fast.stats import NUM_COUNTS, SolveStats, counted
 

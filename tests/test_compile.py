@@ -21,8 +21,8 @@ from anode_fast import (
     odeint_adjoint,
     operators,
 )
+from anode_fast.execute import solve as odeint_solve
 from anode_fast.kernels.cpu import library
-from anode_fast.odeint import solve as odeint_solve
 from anode_fast.spec import described
 from anode_fast.stats import GraphStats
 

@@ -1,7 +1,6 @@
 """A ConvField on the CPU kernels: the field's values, gradients, second derivatives and counts."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -9,13 +8,11 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrize
 
-from anode_fast import AugODEBlock, ConvField, MLPField, convolution, explain
+from anode_fast import AugODEBlock, ConvField, MLPField, convolution, execute, explain
 from anode_fast.convolution import NativeConvField, why_not
 from anode_fast.errors import InvalidArgument, InvalidType
 from anode_fast.kernels.cpu import library
 from tests.helpers import assert_no_worse
-
-odeint_of_package = sys.modules["anode_fast.odeint"]  # the name is the function's
 
 needs_library = pytest.mark.skipif(library.load() is None, reason=library.missing() or "loaded")
 
@@ -282,10 +279,10 @@ def test_every_image_its_own_steps():
 def test_evaluations_that_find_no_room_are_made_again(monkeypatch):
     kept, stats, nfe = solved()
     assert stats.nfe_backward == 0 and nfe == stats.nfe
-    monkeypatch.setattr(odeint_of_package, "FEW", 10**9)  # step by step, from the states
+    monkeypatch.setattr(execute, "FEW", 10**9)  # step by step, from the states
     by_step, again, nfe = solved()
     assert again.nfe_backward > 0 and nfe == again.nfe + again.nfe_backward
-    monkeypatch.setattr(odeint_of_package, "FEW", 0)
+    monkeypatch.setattr(execute, "FEW", 0)
     monkeypatch.setattr(convolution, "KEPT_BYTES", 0)
     alone, _, nfe = solved()
     assert nfe > stats.nfe  # those that the gradient needs, once more

@@ -15,6 +15,9 @@ ORDER = """
     anode_fast.block
     anode_fast.operators
     anode_fast.odeint
+    anode_fast.execute
+    anode_fast.graphs
+    anode_fast.settings
     anode_fast.plan
     anode_fast.recognize
     anode_fast.recognize.images

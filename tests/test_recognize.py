@@ -197,6 +197,90 @@ def test_a_change_is_seen(change):
     assert not torch.allclose(got, first, rtol=1e-3)
 
 
+class Containers(nn.Module):
+    """Numbers in a list, in a set, and in a variable around a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates, self.signs = [1.0, 2.0], {1.0}
+        offset = 0.5
+
+        def shift(y):
+            return y + offset
+
+        def set_offset(value):
+            nonlocal offset
+            offset = value
+
+        self.shift, self.set_offset = shift, set_offset
+
+    def forward(self, t, y):
+        (sign,) = self.signs
+        return -sign * sum(self.rates) * self.shift(y)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda field: field.rates.__setitem__(1, 0.5),
+        lambda field: field.rates.append(0.7),
+        lambda field: (field.signs.clear(), field.signs.add(-0.5)),
+        lambda field: field.set_offset(-1.0),
+    ],
+    ids=["entry of a list", "longer list", "set", "variable"],
+)
+def test_a_change_in_a_container_is_seen(change):
+    field, y0 = Containers(), torch.randn(5, 2)
+    assert odeint(field, y0, T, return_stats=True)[1].backend == "cpu"
+    change(field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got, stats = odeint(field, y0, T, return_stats=True)
+    assert stats.backend == "cpu"
+    torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_change_in_a_default_argument_is_seen():
+    rates = [1.0]
+
+    def field(t, y, rates=rates):
+        return -rates[0] * y
+
+    y0 = torch.ones(2, 2)
+    for rate in (1.0, 2.0):
+        rates[0] = rate
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got, stats = odeint(field, y0, T, return_stats=True)
+        assert stats.backend == "cpu"
+        torch.testing.assert_close(got[-1], torch.exp(torch.tensor(-rate)).expand(2, 2))
+
+
+def test_a_field_that_keeps_a_list_runs_its_own_code():
+    times = []
+
+    def field(t, y):
+        times.append(t)
+        return -y
+
+    assert "stores values (a list)" in explain(field, torch.ones(2, 2), T)
+    assert times == []
+    _, stats = odeint(field, torch.ones(2, 2), T, return_stats=True)
+    assert stats.backend == "reference" and len(times) == stats.nfe
+
+
+@pytest.mark.parametrize("part, offset", [("value", 1.0), ("gradient", 0.0)])
+def test_a_trace_that_is_not_the_field_is_refused(part, offset, monkeypatch):
+    real = Recognized.evaluate
+
+    def other(self, tensors, t, y):
+        value = real(self, tensors, t, y)
+        return value + offset if offset else value + t - t.detach()
+
+    monkeypatch.setattr(Recognized, "evaluate", other)
+    assert f"its {part} is not that of the operations" in explain(Field(), torch.ones(2, 2), T)
+
+
 def test_a_mode_is_seen():
     field = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
 
@@ -315,6 +399,21 @@ def test_the_first_evaluation_of_images_is_looked_at_too():
         got, stats = odeint(field, y0, T, return_stats=True)
     assert stats.backend == "reference"
     torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-6)
+
+
+def test_code_for_one_size_of_batch():
+    layer = nn.Linear(2, 2)
+
+    def field(t, y):
+        return layer(y.reshape(20, 2))
+
+    y0 = torch.randn(20, 2)
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got, stats = odeint(field, y0, T, return_stats=True)
+        assert stats.backend == "cpu"
+        torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-5)
 
 
 def test_code_that_looks_at_the_size_of_the_batch():
