@@ -401,6 +401,24 @@ def test_the_first_evaluation_of_images_is_looked_at_too():
     torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-6)
 
 
+def test_a_function_made_anew_has_its_own_counter():
+    def made(count):
+        def field(t, y):
+            nonlocal count
+            count += 1
+            return -y
+
+        return field, lambda: count
+
+    y0 = torch.ones(3, 2)
+    first, count = made(0)
+    odeint(first, y0, T)
+    before = count()
+    second, count_of_second = made(before)
+    odeint(second, y0, T)
+    assert before > 0 and count() == before and count_of_second() == 2 * before
+
+
 def test_code_for_one_size_of_batch():
     layer = nn.Linear(2, 2)
 
