@@ -124,6 +124,113 @@ def test_a_field_of_ours_inside_another_module():
     torch.testing.assert_close(got, reference(field, y0), rtol=1e-5, atol=1e-6)
 
 
+# --- operations -----------------------------------------------------------------------------------
+
+SQUARE, VECTOR = torch.linspace(-1, 1, 9).reshape(3, 3), torch.tensor([0.5, -1.0, 2.0])
+SLOPES = torch.tensor([0.1, 0.2, -0.3])
+
+KNOWN = {
+    "neg, abs, sign": lambda t, y: -y.abs() * y.sign() + y.sgn(),
+    "exp, expm1": lambda t, y: y.exp() - y.expm1(),
+    "log, log1p": lambda t, y: (y.abs() + 0.5).log() + y.abs().log1p(),
+    "sqrt, rsqrt": lambda t, y: (y * y + 1).sqrt() + (y * y + 1).rsqrt(),
+    "sin, cos": lambda t, y: y.sin() * y.cos(),
+    "reciprocal": lambda t, y: (y.abs() + 1).reciprocal(),
+    "powers": lambda t, y: y**2 + y**3 + y**1 + (y * y + 1) ** 0.5 + (y * y + 1) ** -1 + y**0,
+    "a power": lambda t, y: (y.abs() + 1) ** 1.7,
+    "activations": lambda t, y: y.relu() + y.sigmoid() + y.tanh() + F.silu(y) + F.gelu(y),
+    "softplus": lambda t, y: F.softplus(y) + F.softplus(y, beta=3.0),
+    "elu": lambda t, y: F.elu(y) + F.elu(y, 0.3) + F.selu(y),
+    "celu": lambda t, y: F.celu(y, 0.7),
+    "hardsigmoid": lambda t, y: F.hardsigmoid(2 * y + 0.1) + F.hardswish(2 * y + 0.1),
+    "leaky relu": lambda t, y: F.leaky_relu(y) + F.leaky_relu(y, 0.3),
+    "prelu": lambda t, y: F.prelu(y, SLOPES) + F.prelu(y, SLOPES[:1]),
+    "hardtanh at its bounds": lambda t, y: F.hardtanh(y) + F.relu6(8 * y),
+    "clamp at its bounds": lambda t, y: y.clamp(-1, 1) + y.clamp(min=0.5) + y.clamp(max=0.5),
+    "mish, softsign, tanhshrink": lambda t, y: F.mish(y) + F.softsign(y) + F.tanhshrink(y),
+    "sums": lambda t, y: (y + VECTOR) + (2 - y) + torch.rsub(y, VECTOR) + (y - t) + (1 + y),
+    "products": lambda t, y: y * VECTOR * t * 2.0 / 3.0 / (VECTOR + 3) + 1 / (y * y + 1),
+    "comparisons": lambda t, y: torch.where(y > 0, y, 2 * y) + torch.where(y <= VECTOR, y, 1.0),
+    "more comparisons": lambda t, y: torch.where(y < 0, 0.0, y) + torch.where(y >= t, y, t),
+    "matrices": lambda t, y: y @ SQUARE + y @ SQUARE.T + F.linear(y, SQUARE, VECTOR),
+    "addmm": lambda t, y: torch.addmm(VECTOR, y, SQUARE),
+    "time through a layer": lambda t, y: y + F.linear(t.reshape(1, 1), VECTOR.reshape(3, 1)),
+    "slices": lambda t, y: torch.cat((y[:, 1:], y[..., -3:-2]), -1),
+    "select": lambda t, y: torch.stack((y[..., -1], y[:, 0] * y[:, 1], 0 * y[:, 0] + t), -1),
+    "split": lambda t, y: torch.cat(y.split((1, 2), 1)[::-1], 1),
+    "chunk, unbind": lambda t, y: torch.cat(y.chunk(3, 1), 1) + torch.stack(y.unbind(-1), -1),
+    "sum, mean": lambda t, y: y.sum(1, keepdim=True) * y + y.mean(-1, keepdim=True),
+    "norm of a row": lambda t, y: y / (1 + y.square().sum(-1)).unsqueeze(-1),
+    "layer norm by hand": lambda t, y: (
+        (y - y.mean(-1, True)) / ((y - y.mean(-1, True)) ** 2).mean(-1, True).add(0.1).sqrt()
+    ),
+    "expanded": lambda t, y: y[:, :1].expand(-1, 3) - y + t.expand_as(y),
+    "views": lambda t, y: y.reshape(4, 1, 3).squeeze(1) + y.unsqueeze(0).view(4, 3),
+    "filled": lambda t, y: torch.full_like(y, 0.3) + torch.zeros_like(y) + y.new_ones(4, 3) * t,
+    "copies": lambda t, y: y.clone().contiguous().to(y.dtype),
+}
+
+STATES = torch.tensor([[-1.0, 0.0, 1.0], [0.5, -0.5, 2.0], [-1.5, 3.0, 0.25], [0.75, 6.0, -2.0]])
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        (name, dtype)
+        for name in KNOWN
+        for dtype in (torch.float32, torch.float64)
+        # Torch's gradients of the two have the precision of float32.
+        if name not in ("celu", "hardsigmoid") or dtype == torch.float32
+    ],
+    ids=str,
+)
+def test_operations_that_kernels_know(name, dtype, monkeypatch):
+    for weight in ("SQUARE", "VECTOR", "SLOPES"):
+        monkeypatch.setitem(globals(), weight, globals()[weight].to(dtype))
+    # What is recognised has been compared there, in value and gradient.
+    y0 = STATES.to(dtype)
+    found = recognize(KNOWN[name], torch.tensor([0.5]), y0)
+    assert isinstance(found, Recognized), found
+    t, given = torch.tensor([0.5, 0.6]), dict(method="rk4", options={"step_size": 0.1})
+    want = odeint(KNOWN[name], y0, t, backend="reference", **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got, stats = odeint(KNOWN[name], y0, t, return_stats=True, **given)
+    assert stats.backend == "cpu"
+    rtol = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(got, want, rtol=rtol, atol=rtol)
+
+
+UNKNOWN = {
+    "every second feature": (lambda t, y: y[:, ::2].repeat(1, 2)[:, :3], "by a step"),
+    "some rows": (lambda t, y: torch.cat((y[1:], y[:1])), "some rows of a batch"),
+    "one row": (lambda t, y: y - y[0], "one row of a batch"),
+    "threshold": (lambda t, y: F.softplus(y, threshold=5), "threshold of its own"),
+    "alpha": (lambda t, y: torch.add(y, y, alpha=2), "alpha"),
+    "addmm with beta": (lambda t, y: torch.addmm(VECTOR, y, SQUARE, beta=2), "beta or alpha"),
+    "tanh form of gelu": (lambda t, y: F.gelu(y, approximate="tanh"), "approximate"),
+    "power by the state": (lambda t, y: y.abs() ** y, "pow"),
+    "rows on features": (lambda t, y: y + torch.stack((y[0, 0], y[1, 0], y[2, 0])), "one row"),
+    "product of states": (lambda t, y: y @ y.T @ y, "permute"),
+    "sum over rows": (lambda t, y: y - y.sum(0), "over the batch"),
+    "transposed": (lambda t, y: y.reshape(3, 4).T, ""),
+    "complex": (lambda t, y: (y + 0j).real, ""),
+    "sorted": (lambda t, y: y.sort(-1).values, "int64"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_operations_that_kernels_do_not_know(name):
+    field, why = UNKNOWN[name]
+    found = recognize(field, torch.tensor([0.5]), STATES)
+    assert isinstance(found, str) and why in found
+
+
+def test_two_activations_make_a_program():
+    layers = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    assert isinstance(spec_of(lambda t, y: layers(y), 4, 2), Program)
+
+
 # --- counters -------------------------------------------------------------------------------------
 
 

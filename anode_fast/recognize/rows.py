@@ -5,6 +5,7 @@ Every operation either works row by row, or the field is not known.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -377,6 +378,14 @@ def _leaky_relu(rows: Rows, node: fx.Node) -> _Value:
     return _replace(value, rows.emit("select", (positive, value.number, low), value.width))
 
 
+@functools.cache
+def _clamp_ends_at_bounds() -> bool:
+    """Whether clamp's derivative is 0 at its bounds, as hardtanh's is: torch 2.11 had 1 there."""
+    with torch.enable_grad():
+        x = torch.zeros((), requires_grad=True)
+        return not torch.autograd.grad(x.clamp(min=0.0), x)[0]
+
+
 @_handles("clamp.default", "hardtanh.default", "clamp_min.default", "clamp_max.default")
 def _clamp(rows: Rows, node: fx.Node) -> _Value:
     name = name_of(node)
@@ -388,8 +397,8 @@ def _clamp(rows: Rows, node: fx.Node) -> _Value:
         high = _arguments(node, max=None)[0] if name != "clamp_min.default" else None
     value = rows.value(x)
     number = value.number
-    # So that nan stays nan. Hardtanh's derivative is 0 at its bounds, clamp's is 1.
-    beyond = "ge" if name == "hardtanh.default" else "gt"
+    # So that nan stays nan.
+    beyond = "ge" if name == "hardtanh.default" or _clamp_ends_at_bounds() else "gt"
     if low is not None:
         bound = rows.number(low)
         number = rows.emit(
@@ -584,8 +593,10 @@ def _slice(rows: Rows, node: fx.Node) -> Any:
         return found
     if isinstance(found, _Value) and found.same and not rows.last_dim(x, dim):
         return found
-    if step != 1 or not rows.last_dim(x, dim):
+    if not rows.last_dim(x, dim):
         raise NotKnown("it takes some rows of a batch")
+    if step != 1:
+        raise NotKnown("it takes features by a step")
     size = rows.shape(x)[-1]
     if found.width != size:  # one number, for all features
         return found
