@@ -211,6 +211,10 @@ UNKNOWN = {
     "tanh form of gelu": (lambda t, y: F.gelu(y, approximate="tanh"), "approximate"),
     "power by the state": (lambda t, y: y.abs() ** y, "pow"),
     "rows on features": (lambda t, y: y + torch.stack((y[0, 0], y[1, 0], y[2, 0])), "one row"),
+    "a number for each row": (
+        lambda t, y: y * (y[:, 0] * torch.arange(4.0)).unsqueeze(1),
+        "across rows",
+    ),
     "product of states": (lambda t, y: y @ y.T @ y, "permute"),
     "sum over rows": (lambda t, y: y - y.sum(0), "over the batch"),
     "transposed": (lambda t, y: y.reshape(3, 4).T, ""),
