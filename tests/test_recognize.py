@@ -105,6 +105,65 @@ def test_the_papers_convolutions_have_their_spec(time):
     assert spec_of(Convolutions(), 2, 3, 4, 5) == ConvSpec(3, 6, "softplus", time)
 
 
+class Images(nn.Module):
+    """Convolutions like the paper's, with something to differ in."""
+
+    def __init__(self, first=F.relu, second=F.relu, middle=3, timed="all", scale=None, **given):
+        super().__init__()
+        k = {"all": (1, 1, 1), "first": (1, 0, 0), "last channel": (1, 1, 1), "": (0, 0, 0)}[timed]
+        given = dict(padding=middle // 2) | given
+        self.a = nn.Conv2d(3 + k[0], 6 - k[1], 1)
+        self.b = nn.Conv2d(6, 6 - k[2], middle, **given)
+        self.c = nn.Conv2d(6, 3, 1)
+        self.first, self.second, self.timed, self.scale = first, second, timed, scale
+
+    def with_time(self, t, x, layer):
+        if not self.timed or (self.timed == "first" and layer):
+            return x
+        time = torch.ones_like(x[:, :1]) * t
+        return torch.cat((x, time) if self.timed == "last channel" else (time, x), 1)
+
+    def forward(self, t, x):
+        h = self.first(self.a(self.with_time(t, x, 0)))
+        h = self.second(self.b(self.with_time(t, h, 1)))
+        value = self.c(self.with_time(t, h, 2))
+        return value if self.scale is None else self.scale * value
+
+
+OTHER_IMAGES = {
+    "two activations": dict(second=torch.tanh),
+    "softplus of its own": dict.fromkeys(
+        ("first", "second"), functools.partial(F.softplus, beta=2)
+    ),
+    "no activation": dict.fromkeys(("first", "second"), nn.Identity()),
+    "5x5": dict(middle=5),
+    "1x1": dict(middle=1),
+    "groups": dict(timed="", groups=2),
+    "dilation": dict(dilation=2, padding=2),
+    "circular": dict(padding_mode="circular"),
+    "no bias": dict(bias=False),
+    "time at first only": dict(timed="first"),
+    "time last": dict(timed="last channel"),
+    "scaled": dict(scale=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_IMAGES)
+def test_other_fields_of_images_run_their_own_code(name):
+    field = Images(**OTHER_IMAGES[name]).double()
+    y0 = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert "convolutions 1x1, 3x3, 1x1" in explain(field, y0, T) or name == "circular"
+    got, stats = odeint(field, y0, T, return_stats=True)
+    assert stats.backend == "reference"
+    torch.testing.assert_close(got, reference(field, y0))
+
+
+@pytest.mark.parametrize("timed", ["all", ""])
+def test_fields_of_images_like_the_papers_do_not(timed):
+    field, y0 = Images(timed=timed), torch.randn(2, 3, 4, 4)
+    assert odeint(field, y0, T, return_stats=True)[1].backend == "cpu"
+
+
 def test_a_field_of_ours_inside_another_module():
     inner = MLPField(2, 8)
 
