@@ -89,7 +89,7 @@ class ContinuousGradient {
       if (!call_.x_grad) continue;
       write_rows(state + kAdjoint * dim_ * tile.lanes, tile, call_.x_grad, options_.data_dim);
     }
-    if (size_) field_.unpack_gradient(theta_, options_.backwards, call_.parameter_grads);
+    if (wants_parameters()) field_.unpack_gradient(theta_, options_.backwards, call_.parameter_grads);
     return result_;
   }
 

@@ -168,6 +168,11 @@ def state_itself(b):
     b.emit("slice", [STATE], b.dim)
 
 
+def parameter_without_part(b):
+    b.tensor(3, 2)
+    b.emit("neg", [STATE])
+
+
 def parameter_alone(b):
     b.emit("parameter", (), b.dim, [b.tensor(b.dim)])
 
@@ -188,7 +193,7 @@ def saved_slope_twice(b):
 
 FIELDS = (
     *(gated, residual, cubed, layer_norm, negative_slope, saved_slope_twice),
-    *(state_itself, parameter_alone, time_alone, time_through_a_map),
+    *(state_itself, parameter_without_part, parameter_alone, time_alone, time_through_a_map),
 )
 
 
