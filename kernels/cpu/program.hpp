@@ -351,14 +351,19 @@ class ProgramField {
     const Panels<T>& panels = panels_[group.panel];
     const T* in = memory.at(group.source, 0);
     with_constant<kTileVectors>(memory.vectors, [&](auto v) {
+      constexpr int kRows = v * kLanes<T>;
+      int first = 0;  // feature on which the operations have yet to work
       for (int b = 0; b < panels.blocks(); ++b) {
-        const int first = panels.begin(b), count = panels.begin(b + 1) - first;
-        const T* gate = group.gated ? memory.at(group.gate, first) : nullptr;
-        T* out = memory.at(group.target, first);
-        with_constant<kBlockOutputs>(count, [&](auto j) {
+        const int begin = panels.begin(b), end = panels.begin(b + 1);
+        const T* gate = group.gated ? memory.at(group.gate, begin) : nullptr;
+        T* out = memory.at(group.target, first) + (begin - first) * kRows;
+        with_constant<kBlockOutputs>(end - begin, [&](auto j) {
           affine_block<T, j, v>(panels.block(b), panels.inputs, in, out, group.relu, gate);
         });
-        run_operations(group, memory, first, count);
+        // As many at a time as there is room for.
+        if (b + 1 < panels.blocks() && panels.begin(b + 2) - first <= ProgramShape::kBlock) continue;
+        run_operations(group, memory, first, end - first);
+        first = end;
       }
     });
   }
