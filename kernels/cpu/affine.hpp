@@ -32,20 +32,19 @@ constexpr int kGradientColumns = kVectorRegisters == 32 ? 4 : 2;
 template <class T>
 struct Panels {
   int inputs = 0;
-  int outputs = 0;
+  int blocks = 0, size = 0, larger = 0;  // outputs of a block; how many blocks have one more
   Buffer<T> weights;
 
   Panels() = default;
   Panels(int inputs, int outputs)
-      : inputs(inputs), outputs(outputs), weights(std::size_t(inputs + 1) * outputs) {}
+      : inputs(inputs),
+        blocks((outputs + kBlockOutputs - 1) / kBlockOutputs),
+        size(outputs / blocks),
+        larger(outputs % blocks),
+        weights(std::size_t(inputs + 1) * outputs) {}
 
-  int blocks() const { return (outputs + kBlockOutputs - 1) / kBlockOutputs; }
-
-  // First output of block `b`; sizes of blocks differ by one at most.
-  int begin(int b) const {
-    const int size = outputs / blocks(), larger = outputs % blocks();
-    return b * size + std::min(b, larger);
-  }
+  // First output of block `b`.
+  int begin(int b) const { return b * size + std::min(b, larger); }
 
   const T* block(int b) const { return weights.get() + std::size_t(begin(b)) * (inputs + 1); }
 
@@ -53,7 +52,7 @@ struct Panels {
   template <class Bias, class Weight>
   void fill(Bias bias, Weight weight) {
     T* p = weights.get();
-    for (int b = 0; b < blocks(); ++b) {
+    for (int b = 0; b < blocks; ++b) {
       const int first = begin(b), last = begin(b + 1);
       for (int j = first; j < last; ++j) *p++ = bias(j);
       for (int i = 0; i < inputs; ++i) {

@@ -353,7 +353,7 @@ class ProgramField {
     with_constant<kTileVectors>(memory.vectors, [&](auto v) {
       constexpr int kRows = v * kLanes<T>;
       int first = 0;  // feature on which the operations have yet to work
-      for (int b = 0; b < panels.blocks(); ++b) {
+      for (int b = 0; b < panels.blocks; ++b) {
         const int begin = panels.begin(b), end = panels.begin(b + 1);
         const T* gate = group.gated ? memory.at(group.gate, begin) : nullptr;
         T* out = memory.at(group.target, first) + (begin - first) * kRows;
@@ -361,7 +361,7 @@ class ProgramField {
           affine_block<T, j, v>(panels.block(b), panels.inputs, in, out, group.relu, gate);
         });
         // As many at a time as there is room for.
-        if (b + 1 < panels.blocks() && panels.begin(b + 2) - first <= ProgramShape::kBlock) continue;
+        if (b + 1 < panels.blocks && panels.begin(b + 2) - first <= ProgramShape::kBlock) continue;
         run_operations(group, memory, first, end - first);
         first = end;
       }
