@@ -37,7 +37,7 @@ from anode_fast.problem import (
     rms_norm,
     step_grid,
 )
-from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec, Spec
+from anode_fast.spec import ACTIVATIONS, ConvSpec, MLPSpec, Spec, program_of
 from anode_fast.stats import DeviceStats, SolveStats, Status
 from anode_fast.tableau import TABLEAUS, ButcherTableau
 
@@ -137,8 +137,6 @@ def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
         return f"the state is on {y0.device}, want the CPU"
     if isinstance(spec, ConvSpec):
         return "the C++ solver knows MLPField only"
-    if isinstance(spec, MLPSpec) and len(spec.hidden) > cpu.MOST_HIDDEN_LAYERS:
-        return f"the field has more than {cpu.MOST_HIDDEN_LAYERS} hidden layers"
     return ""
 
 
@@ -312,9 +310,10 @@ def prepare(
     options = problem.options
     fixed = problem.family == FIXED
     method, settings = settings_of(problem, by_row)
-    solve = _maker(backend, spec)(
-        *(field_of(spec), method, problem.y0.dtype), data_dim=data_dim, **settings
-    )
+    field: Any = field_of(spec)
+    if backend == "cpu" and isinstance(spec, MLPSpec):
+        field = program_of(spec)
+    solve = _maker(backend, spec)(field, method, problem.y0.dtype, data_dim=data_dim, **settings)
     native = Native(
         backend,
         solve,

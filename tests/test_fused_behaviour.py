@@ -34,7 +34,6 @@ from anode_fast.errors import (
     StepSizeUnderflow,
 )
 from anode_fast.kernels.cpu import library
-from anode_fast.kernels.cpu import solve as cpu
 from anode_fast.stats import SolveStats, Status
 
 if library.missing():
@@ -1165,10 +1164,6 @@ REASONS = {
     "callback": (lambda: call(with_callback()), "the field has callbacks"),
     "hook": (lambda: call(with_hook()), "the field has hooks"),
     "forward": (lambda: call(with_forward()), "or a forward of its own"),
-    "layers": (
-        lambda: call(MLPField(3, 4, num_hidden=cpu.MOST_HIDDEN_LAYERS + 1)),
-        f"more than {cpu.MOST_HIDDEN_LAYERS} hidden layers",
-    ),
     "autograd": (lambda: call(gradient="autograd"), "goes through the reference solver"),
 }
 
@@ -1187,7 +1182,7 @@ def test_why_not(name):
 
 
 RUNNABLE = {"rtol", "atol", "norm", "step_t", "jump_t", "grid jump_t", "perturb", "callback"}
-RUNNABLE |= {"hook", "forward", "layers", "shapes", "event", "one row", "half"}
+RUNNABLE |= {"hook", "forward", "shapes", "event", "one row", "half"}
 
 
 @pytest.mark.parametrize("name", sorted(RUNNABLE))

@@ -65,7 +65,7 @@ class DiscreteGradient {
       for (std::int64_t g = 1; g < groups; ++g) {
         for (std::size_t i = 0; i < size; ++i) sums.get()[i] += sums.get()[g * size + i];
       }
-      field_.unpack_gradient(sums.get(), options_.backwards, parameter_grads);
+      field_.unpack_gradient(sums.get(), parameter_grads);
     }
     return result;
   }
@@ -132,7 +132,7 @@ class DiscreteGradient {
 
   // Cotangent of a stage's argument from that of its derivative, into w.values.
   void vjp(const Tile& tile, Workspace& w, int stage, const T* adj_k, const T* record) {
-    std::copy_n(adj_k, dim_ * tile.lanes, field_.cotangent(w.deltas[stage], tile.vectors));
+    std::copy_n(adj_k, dim_ * tile.lanes, field_.cotangent(w.deltas[stage]));
     field_.vjp(record, w.deltas[stage], w.values, w.scratch, tile.vectors);
     w.evaluations.push_back({w.deltas[stage], record});
   }

@@ -10,7 +10,6 @@
 #include "continuous.hpp"
 #include "conv.hpp"
 #include "first_stage.hpp"
-#include "mlp.hpp"
 #include "peak.hpp"
 #include "program.hpp"
 #include "runge_kutta.hpp"
@@ -21,30 +20,15 @@ namespace anode {
 namespace {
 
 // Raised whenever a struct or a function below changes; ABI_VERSION in library.py is the same.
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 // What stays the same from call to call.
 struct Plan {
-  MlpShape field;
+  const ProgramShape* field;
   std::int32_t is_double;
   Tableau tableau;
   Options options;
-  const ProgramShape* program;  // the field, if it is none of the above
-
-  std::int64_t parameters() const { return program ? program->parameters() : field.parameters(); }
 };
-
-template <template <class> class Field_>
-struct Kind {
-  template <class T>
-  using Field = Field_<T>;
-};
-
-// f(shape, Kind) of the plan's field.
-template <class F>
-auto with_field(const Plan& plan, F f) {
-  return plan.program ? f(*plan.program, Kind<ProgramField>{}) : f(plan.field, Kind<Mlp>{});
-}
 
 struct AnyTrace {
   virtual ~AnyTrace() = default;
@@ -63,21 +47,20 @@ const T* const* typed(const void* const* pointers) {
 template <class T>
 void* solve(const Plan& plan, const Call<T>& call, const void* const* parameters,
             const T* expected, std::int64_t expected_rows, bool keep_trace, Result& result) {
-  return with_field(plan, [&](const auto& shape, auto kind) -> void* {
-    using Field = typename decltype(kind)::template Field<T>;
-    const Field field(shape, typed<T>(parameters), plan.options.backwards, true, false);
-    if (expected) {
-      const FirstStage<decltype(kind)::template Field, T> first(
-          field, shape, typed<T>(parameters), plan.options, call, expected_rows);
-      if (!first.has(expected, result)) return nullptr;
-    }
-    std::unique_ptr<OwnedTrace<T>> owned;
-    if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
-    Solver<Field> solver(field, plan.tableau, plan.options, call, owned ? &owned->trace : nullptr);
-    result = solver.solve();
-    if (result.status != kSuccess) return nullptr;
-    return static_cast<AnyTrace*>(owned.release());
-  });
+  const ProgramField<T> field(*plan.field, typed<T>(parameters), plan.options.backwards, true,
+                              false);
+  if (expected) {
+    const FirstStage<ProgramField, T> first(field, *plan.field, typed<T>(parameters), plan.options,
+                                            call, expected_rows);
+    if (!first.has(expected, result)) return nullptr;
+  }
+  std::unique_ptr<OwnedTrace<T>> owned;
+  if (keep_trace) owned = std::make_unique<OwnedTrace<T>>();
+  Solver<ProgramField<T>> solver(field, plan.tableau, plan.options, call,
+                                 owned ? &owned->trace : nullptr);
+  result = solver.solve();
+  if (result.status != kSuccess) return nullptr;
+  return static_cast<AnyTrace*>(owned.release());
 }
 
 template <class T>
@@ -85,24 +68,19 @@ void discrete_gradient(const Plan& plan, const AnyTrace* trace, const void* cons
                        const void* grad, void* x_grad, void* const* parameter_grads,
                        Result& result) {
   const Trace<T>& kept = static_cast<const OwnedTrace<T>&>(*trace).trace;
-  with_field(plan, [&](const auto& shape, auto kind) {
-    using Field = typename decltype(kind)::template Field<T>;
-    const Field field(shape, typed<T>(parameters), plan.options.backwards,
-                      !kept.has_all_records(), true);
-    DiscreteGradient<Field> gradient(field, plan.tableau, plan.options, kept);
-    result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
-                          reinterpret_cast<T* const*>(parameter_grads));
-  });
+  const ProgramField<T> field(*plan.field, typed<T>(parameters), plan.options.backwards,
+                              !kept.has_all_records(), true);
+  DiscreteGradient<ProgramField<T>> gradient(field, plan.tableau, plan.options, kept);
+  result = gradient.run(static_cast<const T*>(grad), static_cast<T*>(x_grad),
+                        reinterpret_cast<T* const*>(parameter_grads));
 }
 
 template <class T>
 void continuous_gradient(const Plan& plan, const AdjointCall<T>& call,
                          const void* const* parameters, Result& result) {
-  with_field(plan, [&](const auto& shape, auto kind) {
-    using Field = typename decltype(kind)::template Field<T>;
-    const Field field(shape, typed<T>(parameters), plan.options.backwards, true, true);
-    result = ContinuousGradient<Field>(field, plan.tableau, plan.options, call).run();
-  });
+  const ProgramField<T> field(*plan.field, typed<T>(parameters), plan.options.backwards, true,
+                              true);
+  result = ContinuousGradient<ProgramField<T>>(field, plan.tableau, plan.options, call).run();
 }
 
 template <class F>
@@ -220,7 +198,7 @@ struct SolveArguments {
 // field is not as expected.
 ANODE_EXPORT void* anode_solve(const SolveArguments* a) {
   const auto* parameters = reinterpret_cast<const void* const*>(a + 1);
-  const auto* times = reinterpret_cast<const double*>(parameters + a->plan->parameters());
+  const auto* times = reinterpret_cast<const double*>(parameters + a->plan->field->parameters());
   auto run = [&](auto scalar) {
     using T = decltype(scalar);
     const Call<T> call{a->rows, static_cast<const T*>(a->x), a->x_stride,
@@ -245,7 +223,7 @@ struct DiscreteGradientArguments {
 // The exact gradient of a solve.
 ANODE_EXPORT void anode_discrete_gradient(const DiscreteGradientArguments* a) {
   const auto* parameters = reinterpret_cast<void* const*>(a + 1);
-  const std::int64_t count = a->plan->parameters();
+  const std::int64_t count = a->plan->field->parameters();
   void* const* grads = a->wants_parameters ? parameters + count : nullptr;
   auto run = a->plan->is_double ? discrete_gradient<double> : discrete_gradient<float>;
   guarded(*a->result,

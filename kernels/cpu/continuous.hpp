@@ -89,7 +89,7 @@ class ContinuousGradient {
       if (!call_.x_grad) continue;
       write_rows(state + kAdjoint * dim_ * tile.lanes, tile, call_.x_grad, options_.data_dim);
     }
-    if (size_) field_.unpack_gradient(theta_, options_.backwards, call_.parameter_grads);
+    if (wants_parameters()) field_.unpack_gradient(theta_, call_.parameter_grads);
     return result_;
   }
 
@@ -203,8 +203,8 @@ class ContinuousGradient {
     return w.record + Field::kInputRows * tile.lanes;
   }
 
-  T* cotangent(const Tile& tile, Workspace& w) const {
-    return field_.cotangent(w.deltas, tile.vectors);
+  T* cotangent(Workspace& w) const {
+    return field_.cotangent(w.deltas);
   }
 
   // f and a df/dy at the negated time u, from the y and a in the record and the deltas.
@@ -264,13 +264,13 @@ class ContinuousGradient {
     w.y_k[0] = from + kYSlope * size;
     w.adjoint_k[0] = from + kAdjointSlope * size;
     for (int i = adaptive_ ? 1 : 0; i < method_.inner; ++i) {
-      advance(method_.a[i], argument(tile, w), cotangent(tile, w));
+      advance(method_.a[i], argument(tile, w), cotangent(w));
       stage(i, method_.c[i]);
     }
     advance(method_.b, to + kY * size, to + kAdjoint * size);
     if (adaptive_ && method_.last_at_solution) {
       std::copy_n(to + kY * size, size, argument(tile, w));
-      std::copy_n(to + kAdjoint * size, size, cotangent(tile, w));
+      std::copy_n(to + kAdjoint * size, size, cotangent(w));
       stage(last, 1.0);
     }
   }
@@ -354,7 +354,7 @@ class ContinuousGradient {
       T* state = current_ + tile.index * tile_size_;
       if (!arrive(tile, output, state)) finite = false;
       std::copy_n(state + kY * size, size, argument(tile, w));
-      std::copy_n(state + kAdjoint * size, size, cotangent(tile, w));
+      std::copy_n(state + kAdjoint * size, size, cotangent(w));
       evaluate(tile, w, T(u), state + kYSlope * size, state + kAdjointSlope * size);
       integrate(tile, w, last, none, sums);
     });
@@ -468,7 +468,7 @@ class ContinuousGradient {
       w.adjoint_k[0] = state + kAdjointSlope * size;
       combine<T>(state + kY * size, w.minus_h, euler, nullptr, w.y_k, argument(tile, w), dim_,
                  tile.vectors);
-      combine<T>(state + kAdjoint * size, w.h, euler, nullptr, w.adjoint_k, cotangent(tile, w),
+      combine<T>(state + kAdjoint * size, w.h, euler, nullptr, w.adjoint_k, cotangent(w),
                  dim_, tile.vectors);
       evaluate(tile, w, T(u + h0), w.y_slopes, w.adjoint_slopes);
       integrate(tile, w, last, none, sums);

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 5  # api.cpp: anode_abi_version. Raise both when an exported function changes.
+ABI_VERSION = 6  # api.cpp: anode_abi_version. Raise both when an exported function changes.
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")  # best first
 FORCE = "ANODE_FAST_ISA"  # environment: the one instruction set to use
 

@@ -1,12 +1,15 @@
 // A field given as a program: data, that is executed operation by operation for tiles of rows.
 //
 // lowering.py makes the data: it says what is computed in one loop, and where every value lies. A
-// tile is as mlp.hpp has it: feature-major, a lane is a row. Every operation works on a block of
+// tile is as affine.hpp has it: feature-major, a lane is a row. Every operation works on a block of
 // features of the tile, so that choosing what to do costs little beside doing it.
 #pragma once
 
+#include <cmath>
+#include <vector>
+
+#include "affine.hpp"
 #include "elementwise.hpp"
-#include "mlp.hpp"
 
 namespace anode {
 
@@ -116,7 +119,7 @@ class ProgramField {
       const T* weight = parameters[panel.weight] + panel.offset;
       const T* bias = panel.bias < 0 ? nullptr : parameters[panel.bias] + panel.bias_offset;
       panels_[p] = Panels<T>(panel.inputs, panel.outputs);
-      panels_[p].fill([=](int j) { return bias ? bias[j] : T(0); }, [](int) { return T(0); },
+      panels_[p].fill([=](int j) { return bias ? bias[j] : T(0); },
                       [&](int j, int i) {
                         return weight[std::ptrdiff_t(j) * panel.output_stride +
                                       std::ptrdiff_t(i) * panel.input_stride];
@@ -176,7 +179,7 @@ class ProgramField {
   }
 
   // Where the cotangent of the derivative goes, [dim]. `vjp` makes it that of the user's field.
-  T* cotangent(T* deltas, int) const { return deltas; }
+  T* cotangent(T* deltas) const { return deltas; }
 
   // gradient = cotangent^T df/dy, [dim]. Fills the deltas.
   void vjp(const T* record, T* deltas, T* gradient, T* scratch, int vectors) const {
@@ -250,7 +253,7 @@ class ProgramField {
   }
 
   // Writes an accumulator into tensors like the parameters, those excepted that are null.
-  void unpack_gradient(const T* gradient, bool, T* const* out) const {
+  void unpack_gradient(const T* gradient, T* const* out) const {
     for (int p = 0; p < shape_.num_tensors; ++p) {
       const TensorShape& tensor = shape_.tensors[p];
       const LayerGradient<T> from = tensor_gradient(p);
@@ -348,15 +351,19 @@ class ProgramField {
     const Panels<T>& panels = panels_[group.panel];
     const T* in = memory.at(group.source, 0);
     with_constant<kTileVectors>(memory.vectors, [&](auto v) {
-      for (int b = 0; b < panels.blocks(); ++b) {
-        const int first = panels.begin(b), count = panels.begin(b + 1) - first;
-        const T* panel = panels.weights.get() + std::size_t(first) * (panels.inputs + 2);
-        const T* gate = group.gated ? memory.at(group.gate, first) : nullptr;
-        T* out = memory.at(group.target, first);
-        with_constant<kBlockOutputs>(count, [&](auto j) {
-          affine_block<T, j, v>(panel, panels.inputs, nullptr, in, out, group.relu, gate);
+      constexpr int kRows = v * kLanes<T>;
+      int first = 0;  // feature on which the operations have yet to work
+      for (int b = 0; b < panels.blocks; ++b) {
+        const int begin = panels.begin(b), end = panels.begin(b + 1);
+        const T* gate = group.gated ? memory.at(group.gate, begin) : nullptr;
+        T* out = memory.at(group.target, first) + (begin - first) * kRows;
+        with_constant<kBlockOutputs>(end - begin, [&](auto j) {
+          affine_block<T, j, v>(panels.block(b), panels.inputs, in, out, group.relu, gate);
         });
-        run_operations(group, memory, first, count);
+        // As many at a time as there is room for.
+        if (b + 1 < panels.blocks && panels.begin(b + 2) - first <= ProgramShape::kBlock) continue;
+        run_operations(group, memory, first, end - first);
+        first = end;
       }
     });
   }

@@ -15,7 +15,7 @@
 #include <limits>
 #include <memory>
 
-#include "mlp.hpp"
+#include "affine.hpp"
 #include "parallel.hpp"
 #include "problem.hpp"
 

@@ -1,6 +1,6 @@
 """A native solve with everything fixed but the tensors: the C structs and the calls.
 
-The structs mirror problem.hpp, mlp.hpp and api.cpp field by field; tests/kernels/cpu compares their
+The structs mirror problem.hpp and api.cpp field by field; tests/kernels/cpu compares their
 sizes with the library's.
 """
 
@@ -16,23 +16,12 @@ import torch
 from torch import Tensor
 
 from anode_fast.kernels.cpu import lowering
-from anode_fast.kernels.interface import Field, Method
+from anode_fast.kernels.interface import Method
 from anode_fast.kernels.program import Program
 
 MOST_STAGES = 16
-MOST_HIDDEN_LAYERS = 8
 
 _Stages = c_double * MOST_STAGES
-
-
-class _Field(ctypes.Structure):
-    _fields_ = [
-        ("dim", c_int32),
-        ("hidden_layers", c_int32),
-        ("hidden", c_int32 * MOST_HIDDEN_LAYERS),
-        ("activation", c_int32),
-        ("time_dependent", c_int32),
-    ]
 
 
 class _Tableau(ctypes.Structure):
@@ -69,11 +58,10 @@ class _Options(ctypes.Structure):
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        ("field", _Field),
+        ("field", ctypes.POINTER(lowering.Shape)),
         ("is_double", c_int32),
         ("tableau", _Tableau),
         ("options", _Options),
-        ("program", ctypes.POINTER(lowering.Shape)),
     ]
 
 
@@ -128,13 +116,13 @@ class Solve:
         options: Fields of the C struct Options by name; those left out are 0.
 
     Raises:
-        ValueError: More stages or hidden layers than the library has room for.
+        ValueError: More stages than the library has room for.
     """
 
     def __init__(
         self,
         library: ctypes.CDLL,
-        field: Field | Program,
+        field: Program,
         method: Method,
         dtype: torch.dtype,
         **options: float,
@@ -145,23 +133,8 @@ class Solve:
         self.dim = field.dim
         self.dtype = dtype
         plan = _Plan(is_double=dtype == torch.float64, options=_Options(**options))
-        if isinstance(field, Program):
-            plan.program = ctypes.pointer(lowering.shape(field))
-            self._tensors = len(field.shapes)
-        else:
-            hidden = len(field.hidden)
-            if not 1 <= hidden <= MOST_HIDDEN_LAYERS:
-                raise ValueError(
-                    f"no room for {hidden} hidden layers, want 1 to {MOST_HIDDEN_LAYERS}"
-                )
-            plan.field = _Field(
-                field.dim,
-                hidden,
-                (c_int32 * MOST_HIDDEN_LAYERS)(*field.hidden),
-                field.activation,
-                field.time_dependent,
-            )
-            self._tensors = 2 * hidden + 2
+        plan.field = ctypes.pointer(lowering.shape(field))
+        self._tensors = len(field.shapes)
         tableau = plan.tableau
         tableau.stages, tableau.order = stages, method.order
         tableau.last_at_solution = method.last_at_solution
@@ -192,7 +165,7 @@ class Solve:
 
         Args:
             x: Data columns of the initial state, [rows, data_dim], last stride 1.
-            parameters: Weight and bias of every layer, or the program's tensors; contiguous.
+            parameters: The field's tensors, contiguous.
             times: Output times, increasing.
             grid: For fixed steps: where they begin and end.
             keep: Whether to keep checkpoints.

@@ -93,7 +93,7 @@ void test_example(const Example& example, int vectors, bool backwards) {
   put_input(record.data());
   field.evaluate_recording(record.data(), recorded.data(), scratch.data(), vectors);
   CHECK(recorded == derivative);
-  to_tile(example.cotangent, field.cotangent(deltas.data(), vectors));
+  to_tile(example.cotangent, field.cotangent(deltas.data()));
   std::fill(scratch.begin(), scratch.end(), kNan<T>);
   field.vjp(record.data(), deltas.data(), y_grad.data(), scratch.data(), vectors);
   CHECK(has_rows(y_grad, example.y_grad, dim, n, sign));
@@ -109,7 +109,7 @@ void test_example(const Example& example, int vectors, bool backwards) {
   std::vector<T*> pointers;
   for (const Doubles& gradient : example.gradients) gradients.emplace_back(gradient.size(), kNan<T>);
   for (auto& gradient : gradients) pointers.push_back(gradient.data());
-  field.unpack_gradient(sums.data(), backwards, pointers.data());
+  field.unpack_gradient(sums.data(), pointers.data());
   double largest = 0;
   for (std::size_t p = 0; p < gradients.size(); ++p) {
     double scale = 0, squares = 0;

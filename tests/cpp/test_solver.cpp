@@ -1,4 +1,4 @@
-// The perceptron, solves by it and their gradients against scalar code and central differences.
+// Perceptrons, solves by them and their gradients against scalar code and central differences.
 //
 // Memory that the kernels are given is exactly as large as they may touch, and nan where they have
 // to write.
@@ -10,6 +10,7 @@
 
 #include "check.hpp"
 #include "continuous.hpp"
+#include "program.hpp"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -57,7 +58,21 @@ bool close(const std::vector<T>& got, const Doubles& want, double tolerance) {
 template <class T>
 constexpr double kRounding = 500 * double(std::numeric_limits<T>::epsilon());
 
-// --- the perceptron by scalars -------------------------------------------------------------------
+// --- perceptrons by scalars -----------------------------------------------------------------------
+
+constexpr int kMostLayers = 4;  // hidden ones
+
+// Its parameters are weight and bias of each layer; the first weight has the time's column first.
+struct Perceptron {
+  int dim, hidden_layers, hidden[kMostLayers], activation, time_dependent;
+  ProgramShape program;
+
+  int layers() const { return hidden_layers + 1; }
+  int inputs(int layer) const { return layer == 0 ? dim : hidden[layer - 1]; }
+  int outputs(int layer) const { return layer == hidden_layers ? dim : hidden[layer]; }
+};
+
+#include "perceptrons.inc"
 
 double activated(Activation activation, double z, bool slope) {
   const double sigmoid = 1 / (1 + std::exp(-z)), tanh = std::tanh(z);
@@ -77,13 +92,17 @@ double activated(Activation activation, double z, bool slope) {
 }
 
 constexpr int kActivations = 8;
+static_assert(std::extent_v<decltype(kPerceptrons), 0> == kActivations);
+static_assert(std::extent_v<decltype(kPerceptrons), 1> == kMostLayers);
+static_assert(std::extent_v<decltype(kPerceptrons), 2> >= kTileVectors);
 
 struct Net {
-  MlpShape shape;
+  Perceptron shape;
   bool backwards;
-  std::vector<Doubles> parameters;  // weight and bias of each layer
+  std::vector<Doubles> parameters;
 
-  Net(const MlpShape& shape, bool backwards, Random random) : shape(shape), backwards(backwards) {
+  Net(const Perceptron& shape, bool backwards, Random random)
+      : shape(shape), backwards(backwards) {
     for (int l = 0; l < shape.layers(); ++l) {
       parameters.push_back(random(std::size_t(columns(l)) * shape.outputs(l)));
       for (double& weight : parameters.back()) weight *= 2 / std::sqrt(double(columns(l)));
@@ -160,19 +179,20 @@ struct Tensors {
   }
 };
 
+// It lives no longer than the net.
 template <class T>
-Mlp<T> make_field(const Net& net, bool evaluates, bool differentiates) {
+ProgramField<T> make_field(const Net& net, bool evaluates, bool differentiates) {
   const Tensors<T> parameters(net.parameters);
-  return {net.shape, parameters.pointers.data(), net.backwards, evaluates, differentiates};
+  return {net.shape.program, parameters.pointers.data(), net.backwards, evaluates, differentiates};
 }
 
-// --- the perceptron ------------------------------------------------------------------------------
+// --- one evaluation ------------------------------------------------------------------------------
 
-// All that a Mlp does to a tile whose last lanes do not count.
+// All that a field does to a tile whose last lanes do not count.
 template <class T>
 void test_field(const Net& net, int vectors, int rows, Random random) {
-  const Mlp<T> field = make_field<T>(net, true, true);
-  const int dim = net.shape.dim, n = vectors * kLanes<T>, lead = Mlp<T>::kInputRows;
+  const ProgramField<T> field = make_field<T>(net, true, true);
+  const int dim = net.shape.dim, n = vectors * kLanes<T>, lead = ProgramField<T>::kInputRows;
   const std::vector<T> input = cast<T>(random(std::size_t(lead + dim) * n));
   std::vector<T> cotangent = cast<T>(random(std::size_t(dim) * n));
   for (int i = 0; i < dim; ++i) std::fill_n(cotangent.begin() + i * n + rows, n - rows, T(0));
@@ -219,7 +239,8 @@ void test_field(const Net& net, int vectors, int rows, Random random) {
   }
 
   std::vector<T> derivative(dim * n, T(kNan)), scratch(field.scratch_rows() * n, T(kNan));
-  field.evaluate(input.data(), derivative.data(), scratch.data(), vectors);
+  std::vector<T> own_input = input;
+  field.evaluate(own_input.data(), derivative.data(), scratch.data(), vectors);
   CHECK(close(derivative, values, kRounding<T>));
 
   std::vector<T> record(field.record_rows() * n, T(kNan)), deltas(field.delta_rows() * n, T(kNan));
@@ -229,7 +250,7 @@ void test_field(const Net& net, int vectors, int rows, Random random) {
   std::vector<T> recorded(dim * n, T(kNan)), y_grad(dim * n, T(kNan)), time_grad(n, T(kNan));
   field.evaluate_recording(record.data(), recorded.data(), scratch.data(), vectors);
   CHECK(close(recorded, values, kRounding<T>));
-  std::copy(cotangent.begin(), cotangent.end(), field.cotangent(deltas.data(), vectors));
+  std::copy(cotangent.begin(), cotangent.end(), field.cotangent(deltas.data()));
   field.vjp(record.data(), deltas.data(), y_grad.data(), scratch.data(), vectors);
   CHECK(close(y_grad, y_grads, kRounding<T>));
   field.time_gradient(record.data(), deltas.data(), time_grad.data(), scratch.data(),
@@ -242,7 +263,7 @@ void test_field(const Net& net, int vectors, int rows, Random random) {
   field.accumulate_gradient(twice, vectors, sum.data());
   Tensors<T> unpacked(net.zeros());
   CHECK(field.parameters() == int(unpacked.values.size()));
-  field.unpack_gradient(sum.data(), net.backwards, unpacked.pointers.data());
+  field.unpack_gradient(sum.data(), unpacked.pointers.data());
   double largest = 0;
   for (std::size_t p = 0; p < grads.size(); ++p) {
     double squares = 0;
@@ -256,7 +277,7 @@ void test_field(const Net& net, int vectors, int rows, Random random) {
   // Not all are wanted.
   unpacked.pointers[1] = nullptr;
   const std::vector<T> bias = unpacked.values[1];
-  field.unpack_gradient(sum.data(), net.backwards, unpacked.pointers.data());
+  field.unpack_gradient(sum.data(), unpacked.pointers.data());
   CHECK(bias == unpacked.values[1]);
   const double rms = field.largest_rms(sum.data(), unpacked.pointers.data());
   CHECK(std::abs(rms - largest) <= kRounding<T> * n * (1 + largest));
@@ -264,13 +285,11 @@ void test_field(const Net& net, int vectors, int rows, Random random) {
 
 template <class T>
 void test_fields() {
-  const int widths[] = {1, 2, 3, 5, 7, 17, 33};
   Random random{1};
   for (int activation = 0; activation < kActivations; ++activation) {
-    for (int layers = 1; layers <= 4; ++layers) {
+    for (int layers = 1; layers <= kMostLayers; ++layers) {
       for (int vectors = 1; vectors <= kTileVectors; ++vectors) {
-        MlpShape shape{widths[random.below(7)], layers, {}, activation, random.below(2)};
-        for (int l = 0; l < layers; ++l) shape.hidden[l] = widths[random.below(7)];
+        const Perceptron& shape = *kPerceptrons[activation][layers - 1][vectors - 1];
         const int rows = vectors * kLanes<T> - random.below(kLanes<T>);
         const int before = std::exchange(failed, 0);
         test_field<T>(Net(shape, random.below(2), random), vectors, rows, random);
@@ -381,7 +400,7 @@ struct Case {
   Doubles times{0.1, 0.15, 0.5, 0.51, 0.7, 1.13}, grid{0.1, 0.3, 0.5, 0.7, 0.9, 1.13};
 
   Case(Control control, const Tableau& method, std::int64_t rows, Random random = {7})
-      : net({3, 2, {5, 7}, int(Activation::tanh), 1}, random.below(2), random),
+      : net(of_solves, random.below(2), random),
         method(method),
         options{int(control), net.backwards, 0, 2, 1e-6, 1e-6, 0, .9, 10, .2, 0, kInfinity, 1000},
         rows(rows),
@@ -448,7 +467,7 @@ struct Solved {
 };
 
 Solved solve(const Case& c, Trace<double>* trace = nullptr) {
-  const Mlp<double> field = make_field<double>(c.net, true, false);
+  const ProgramField<double> field = make_field<double>(c.net, true, false);
   Doubles out(c.size(), kNan);
   const Call<double> call{c.rows,
                           c.x.data(),
@@ -458,7 +477,7 @@ Solved solve(const Case& c, Trace<double>* trace = nullptr) {
                           c.grid.data(),
                           std::int64_t(c.grid.size()),
                           out.data()};
-  Solver<Mlp<double>> solver(field, c.method, c.options, call, trace);
+  Solver<ProgramField<double>> solver(field, c.method, c.options, call, trace);
   const Result result = solver.solve();
   return {result, out};
 }
@@ -479,13 +498,13 @@ struct Gradients {
 
 Gradients gradients(const Case& c, const Trace<double>& trace, const Doubles& grad) {
   Gradients found(c);
-  const Mlp<double> field = make_field<double>(c.net, !trace.has_all_records(), true);
-  DiscreteGradient<Mlp<double>> gradient(field, c.method, c.options, trace);
+  const ProgramField<double> field = make_field<double>(c.net, !trace.has_all_records(), true);
+  DiscreteGradient<ProgramField<double>> gradient(field, c.method, c.options, trace);
   found.result = gradient.run(grad.data(), found.x.data(), found.parameters.pointers.data());
   // Without the others, each is the same. Nothing of the trace is used up.
   Gradients parts(c);
   gradient.run(grad.data(), parts.x.data(), nullptr);
-  DiscreteGradient<Mlp<double>> again(field, c.method, c.options, trace);
+  DiscreteGradient<ProgramField<double>> again(field, c.method, c.options, trace);
   again.run(grad.data(), nullptr, parts.parameters.pointers.data());
   again.run(grad.data(), nullptr, nullptr);
   CHECK(parts == found);
@@ -629,8 +648,9 @@ Gradients continuous_gradients(const Case& c, const Doubles& solution,
                                  seminorm,
                                  all ? found.x.data() : nullptr,
                                  found.parameters.pointers.data()};
-  const Mlp<double> field = make_field<double>(c.net, true, true);
-  found.result = ContinuousGradient<Mlp<double>>(field, c.method, c.options, call).run();
+  const ProgramField<double> field = make_field<double>(c.net, true, true);
+  found.result =
+      ContinuousGradient<ProgramField<double>>(field, c.method, c.options, call).run();
   return found;
 }
 

@@ -9,7 +9,7 @@ import torch
 from anode_fast import MLPField, odeint_adjoint
 from anode_fast.kernels import interface
 from anode_fast.kernels.cpu import library, solve
-from anode_fast.spec import ACTIVATIONS
+from anode_fast.spec import ACTIVATIONS, program_of
 from anode_fast.tableau import TABLEAUS
 from tests.helpers import assert_no_worse
 
@@ -107,12 +107,7 @@ def native(case, solution, method="dopri5", options=None, seminorm=False, **kw):
     }
     gradient = solve.Solve(
         library.load(),
-        interface.Field(
-            case.field.dim,
-            (case.field.hidden_dim,) * case.field.num_hidden,
-            ACTIVATIONS.index(case.field.activation),
-            case.field.time_dependent,
-        ),
+        program_of(case.field.spec()),
         interface.Method(
             tableau.order,
             tableau.c_float,

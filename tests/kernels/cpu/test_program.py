@@ -12,6 +12,7 @@ from anode_fast import SolverError, odeint, odeint_adjoint
 from anode_fast.kernels import interface, program
 from anode_fast.kernels.cpu import library, solve
 from anode_fast.kernels.program import STATE, TIME
+from anode_fast.spec import ACTIVATIONS, MLPSpec, program_of
 from anode_fast.tableau import TABLEAUS
 from tests.kernels.programs import KINDS, Builder, programs, tensors_of
 
@@ -128,6 +129,12 @@ def test_perceptrons(activation, time):
     check_evaluation(chain(5, (33, 70), activation, time), 70, False)
 
 
+@pytest.mark.parametrize("hidden", [(9,), (17,) * 12], ids=len)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_shallow_and_deep_perceptrons(activation, hidden):
+    check_evaluation(program_of(MLPSpec(3, hidden, activation)), 20, True)
+
+
 def gated(b):
     """Time gates half of a map's outputs by the other half."""
     both = b.linear(STATE, 2 * b.dim)
@@ -168,6 +175,11 @@ def state_itself(b):
     b.emit("slice", [STATE], b.dim)
 
 
+def parameter_without_part(b):
+    b.tensor(3, 2)
+    b.emit("neg", [STATE])
+
+
 def parameter_alone(b):
     b.emit("parameter", (), b.dim, [b.tensor(b.dim)])
 
@@ -188,7 +200,7 @@ def saved_slope_twice(b):
 
 FIELDS = (
     *(gated, residual, cubed, layer_norm, negative_slope, saved_slope_twice),
-    *(state_itself, parameter_alone, time_alone, time_through_a_map),
+    *(state_itself, parameter_without_part, parameter_alone, time_alone, time_through_a_map),
 )
 
 
@@ -453,13 +465,3 @@ def test_what_is_not_finite_is_as_expected(dtype):
         result = first_stage(of, [], y, torch.tensor([wrong], dtype=dtype))
         assert result.status == interface.FIELD_DIFFERS
         assert result.deviation == torch.inf
-
-
-def test_first_stage_of_a_perceptron():
-    of = chain(3, (8,), "tanh", True)
-    tensors, y = tensors_of(of, f32), torch.randn(9, 3)
-    spec = interface.Field(3, (8,), 2, True)
-    right = values(of, tensors, y)
-    assert first_stage(spec, tensors, y, right).status == interface.SUCCESS
-    result = first_stage(spec, tensors, y, right * 1.001)
-    assert result.status == interface.FIELD_DIFFERS
