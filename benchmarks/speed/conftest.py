@@ -37,7 +37,7 @@ def versus(benchmark, request) -> Iterator[Callable[..., None]]:
         effort: Run this many times as long as pytest-benchmark's --benchmark-max-time.
 
     A rival that has `observe` is asked for its evaluations and, for a `Case`, for its error; what
-    it computes must be what the first one computes.
+    it computes must be what the first one computes. One without has `nfe` and does something else.
     """
     threads = torch.get_num_threads()
 
@@ -74,12 +74,14 @@ def versus(benchmark, request) -> Iterator[Callable[..., None]]:
 
 def _observe(case: object, rivals: Mapping[str, Rival]) -> dict[str, dict]:
     """Evaluations and errors by name."""
-    outcomes = {}
+    outcomes, figures = {}, {}
     for name, rival in rivals.items():
+        if not hasattr(rival, "observe"):
+            figures[name] = {"nfe": rival.nfe, "nfe_backward": 0}
+            continue
         torch.set_num_threads(rival.threads)
         outcomes[name] = rival.observe()
     first = next(iter(outcomes.values()))
-    figures = {}
     for name, outcome in outcomes.items():
         assert outcome.agrees_with(first), f"{name} computes something else on {case}"
         figures[name] = {"nfe": outcome.nfe, "nfe_backward": outcome.nfe_backward}

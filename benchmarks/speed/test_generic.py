@@ -21,8 +21,8 @@ TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 EFFORT = 2
 
 
-class Decay(nn.Module):
-    """The cheapest field with a parameter."""
+class Cyclic(nn.Module):
+    """A cheap field with a parameter. Each row takes the one before: no kernel knows that."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class Decay(nn.Module):
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """dy/dt for y [batch, dim]."""
         self.nfe += 1
-        return y * self.rate
+        return y.roll(1, 0) * self.rate
 
 
-class Perceptron(Decay):
+class Perceptron(Cyclic):
     """Two layers as users write them, and a term that keeps them from being recognised."""
 
     def __init__(self, dim: int) -> None:
@@ -48,7 +48,7 @@ class Perceptron(Decay):
         return self.net(y) + y.sin().mean() * self.rate
 
 
-FIELDS = {"decay": Decay, "perceptron": Perceptron}
+FIELDS = {"cyclic": Cyclic, "perceptron": Perceptron}
 
 
 def rival(solve, field: nn.Module, method: str, gradient: bool) -> TorchRival:
@@ -61,6 +61,24 @@ def rival(solve, field: nn.Module, method: str, gradient: bool) -> TorchRival:
         return solve(field, y0, t, method=method, options=options, **TOLERANCE)[-1]
 
     return TorchRival(run, field, gradient=gradient)
+
+
+class Evaluations:
+    """So many evaluations of the field, one after the other: no solver takes less."""
+
+    threads = 1
+
+    def __init__(self, field: nn.Module, nfe: int, gradient: bool) -> None:
+        self.field, self.nfe, self.gradient = field, nfe, gradient
+        self.y, self.t = torch.ones(BATCH, field.rate.numel()), torch.tensor(0.0)
+
+    def __call__(self) -> None:
+        """Evaluates, and differentiates if that is wanted."""
+        y = self.y
+        for _ in range(self.nfe):
+            y = self.field(self.t, y)
+        if self.gradient:
+            torch.autograd.grad(y.sum(), tuple(self.field.parameters()))
 
 
 @pytest.mark.benchmark(group="any field on the CPU, batch 64, one thread")
@@ -82,4 +100,5 @@ def test_generic(name, dim, method, work, versus):
         assert ours.nfe == theirs.nfe
         if function == "odeint":
             assert ours.nfe_backward == theirs.nfe_backward
+            rivals["the evaluations alone"] = Evaluations(field, ours.nfe, "gradient" in work)
         versus(f"{name}, dim {dim}, {method}, {work}", rivals, effort=EFFORT)
