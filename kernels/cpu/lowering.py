@@ -730,7 +730,7 @@ class Shape(ctypes.Structure):
     ]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def shape(of: Program) -> Shape:
     """A program for the library."""
     lowered = lower(of)

@@ -11,7 +11,7 @@ from anode_fast import MLPField, fused
 from anode_fast.kernels import interface
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
-from anode_fast.spec import ACTIVATIONS
+from anode_fast.spec import MLPSpec, program_of
 from anode_fast.tableau import TABLEAUS
 from tests.helpers import assert_no_worse
 
@@ -70,14 +70,12 @@ class Case:
             **dict(backwards=self.backwards, float_time=False, data_dim=2, max_num_steps=1000),
             **dict(rtol=1e-3, atol=1e-3, safety=0.9, ifactor=10.0, dfactor=0.2, max_step=math.inf),
         )
+        widths = (self.hidden,) * self.layers
+        spec = MLPSpec(self.dim, widths, self.activation, self.time_dependent)
+        field = program_of(spec) if module is cpu else fused.field_of(spec)
         return module.Solve(
             *([library.load()] if module is cpu else []),
-            interface.Field(
-                self.dim,
-                (self.hidden,) * self.layers,
-                ACTIVATIONS.index(self.activation),
-                self.time_dependent,
-            ),
+            field,
             make(tableau),
             dtype,
             **settings | options,
