@@ -304,6 +304,22 @@ class SpecField:
         self.nfe += evaluations
 
 
+def alike(found: Tensor, expected: Tensor, rounding: float) -> Tensor:
+    """Whether a field's values are those expected but for rounding; nan is nan.
+
+    Args:
+        found: The values.
+        expected: What they are to be, not empty.
+        rounding: A difference that may be, as a part of the largest finite number expected.
+
+    Returns:
+        A bool, 0-d, on the values' device, for which nobody waits.
+    """
+    most = rounding * expected.abs().where(expected.isfinite(), 0.0).amax()
+    near = (found - expected).abs() <= most
+    return (near | (found == expected) | (found.isnan() & expected.isnan())).all()
+
+
 Known: TypeAlias = MLPField | ConvField | SpecField
 """Fields that kernels know."""
 

@@ -132,11 +132,11 @@ def _why_not_field(backend: str, spec: Spec, y0: Tensor) -> str:
     """The same of what one backend does not have."""
     if backend == "triton":
         kernels: Any = gpu.load(isinstance(spec, ConvSpec))
-        return str(gpu.why_not_on(y0.device) or kernels.why_not(field_of(spec), y0.dtype))
+        return str(gpu.why_not_on(y0.device) or kernels.why_not(field_of(backend, spec), y0.dtype))
     if y0.device.type != "cpu":
         return f"the state is on {y0.device}, want the CPU"
     if isinstance(spec, ConvSpec):
-        return "the C++ solver knows MLPField only"
+        return "the C++ solver knows fields of rows only"
     return ""
 
 
@@ -310,10 +310,9 @@ def prepare(
     options = problem.options
     fixed = problem.family == FIXED
     method, settings = settings_of(problem, by_row)
-    field: Any = field_of(spec)
-    if backend == "cpu" and isinstance(spec, MLPSpec):
-        field = program_of(spec)
-    solve = _maker(backend, spec)(field, method, problem.y0.dtype, data_dim=data_dim, **settings)
+    solve = _maker(backend, spec)(
+        *(field_of(backend, spec), method, problem.y0.dtype), data_dim=data_dim, **settings
+    )
     native = Native(
         backend,
         solve,
@@ -385,10 +384,12 @@ def _maker(backend: str, spec: Spec) -> Callable[..., Any]:
     return make
 
 
-def field_of(spec: Spec) -> interface.Field | interface.ConvField | Program:
-    """The field in numbers."""
+def field_of(backend: str, spec: Spec) -> interface.Field | interface.ConvField | Program:
+    """The field as the kernels of a backend take it."""
     if isinstance(spec, Program):
         return spec
+    if backend == "cpu" and isinstance(spec, MLPSpec):
+        return program_of(spec)
     number = ACTIVATIONS.index(spec.activation)
     if isinstance(spec, ConvSpec):
         shape = spec.channels, spec.num_filters

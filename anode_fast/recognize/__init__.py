@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from anode_fast.fields import SpecField
+from anode_fast.fields import SpecField, alike
 from anode_fast.problem import pad
 from anode_fast.recognize.images import Images
 from anode_fast.recognize.rows import Rows, as_mlp
@@ -38,10 +38,10 @@ CHECKED_ROWS = 8
 MOST_CHANGES = 4
 """Calls in a row that find a callable changed. Then it is not traced any more."""
 
-_ROUNDING_UNITS = 128
-
 MOST_KEPT = 64
 """Callables, and of each the shapes of states, whose traces are kept."""
+
+_ROUNDING_UNITS = 128  # between two ways to compute a field by PyTorch
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,11 @@ class Recognized(SpecField):
         """
         with torch.no_grad():
             found = self.evaluate(self.tensors(), _first(t, x), pad(x[: len(expected)], columns))
-            self.nfe -= 1
-            self._around.count(-1)
+            self.count(-1)  # the solve counts it
             eps = torch.finfo(x.dtype).eps
             if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
                 eps = 2**-11
-            most = _ROUNDING_UNITS * eps * expected.abs().where(expected.isfinite(), 0.0).amax()
-            near = (found - expected).abs() <= most
-            return ~(near | (found == expected) | (found.isnan() & expected.isnan())).all()
+            return ~alike(found, expected, _ROUNDING_UNITS * eps)
 
     def compare(self, func: Callable[..., Any], t: float, y: Tensor) -> None:
         """Compares value and gradients with those of the callable's own code at a state.

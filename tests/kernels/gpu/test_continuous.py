@@ -11,7 +11,7 @@ from anode_fast import MLPField, fused
 from anode_fast.kernels import interface
 from anode_fast.kernels.cpu import library
 from anode_fast.kernels.cpu import solve as cpu
-from anode_fast.spec import MLPSpec, program_of
+from anode_fast.spec import MLPSpec
 from anode_fast.tableau import TABLEAUS
 from tests.helpers import assert_no_worse
 
@@ -72,10 +72,9 @@ class Case:
         )
         widths = (self.hidden,) * self.layers
         spec = MLPSpec(self.dim, widths, self.activation, self.time_dependent)
-        field = program_of(spec) if module is cpu else fused.field_of(spec)
         return module.Solve(
             *([library.load()] if module is cpu else []),
-            field,
+            fused.field_of("cpu" if module is cpu else "triton", spec),
             make(tableau),
             dtype,
             **settings | options,

@@ -86,7 +86,7 @@ def test_room_for_checkpoints(monkeypatch):
         options = dict(safety=0.9, ifactor=10.0, dfactor=0.2, max_step=math.inf, float_time=False)
         options |= dict(rtol=1e-3, atol=1e-3, backwards=False, max_num_steps=1000) | given
         made = solve.Solve(
-            fused.field_of(MLPField(4, 16).spec()),
+            fused.field_of("triton", MLPField(4, 16).spec()),
             fused._method(fused.TABLEAUS["dopri5"]),
             f32,
             control=solve.BATCH,
